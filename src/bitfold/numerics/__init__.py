@@ -1,0 +1,30 @@
+"""Grids, schemes, quantize/dequantize, bit packing: pure functions on tensors."""
+
+from bitfold.numerics.packing import pack, packed_width, unpack
+from bitfold.numerics.quantize import (
+    dequantize,
+    fake_quantize,
+    fake_quantize_dynamic,
+    from_groups,
+    quantize,
+    scale_and_zero,
+    to_groups,
+)
+from bitfold.numerics.scheme import Scheme, TensorScheme
+from bitfold.numerics.tensor import QuantizedTensor
+
+__all__ = [
+    "QuantizedTensor",
+    "Scheme",
+    "TensorScheme",
+    "dequantize",
+    "fake_quantize",
+    "fake_quantize_dynamic",
+    "from_groups",
+    "pack",
+    "packed_width",
+    "quantize",
+    "scale_and_zero",
+    "to_groups",
+    "unpack",
+]

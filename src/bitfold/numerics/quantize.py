@@ -1,0 +1,150 @@
+"""Quantize and dequantize: pure functions on tensors, in compressed-tensors' order of operations.
+
+    q = clamp(round(x / s + z), qmin, qmax)        x̂ = s · (q − z)        z = qmin − round(min / s)
+
+The zero-point is added *before* rounding: adding an odd z after rounding to even would flip ties. The range
+always contains 0, a group of equal values is exact, nothing divides by zero.
+
+All functions work on *grouped* tensors of shape [..., g], where the last axis shares one scale; scales and
+zero-points have shape [..., 1]. `to_groups` makes the view.
+"""
+
+import torch
+from torch import Tensor
+
+from bitfold.errors import RecipeError
+from bitfold.numerics.scheme import TensorScheme
+
+__all__ = [
+    "NF4_LEVELS",
+    "code_dtype",
+    "dequantize",
+    "fake_quantize",
+    "fake_quantize_dynamic",
+    "from_groups",
+    "quantize",
+    "scale_and_zero",
+    "to_groups",
+]
+
+FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
+
+NF4_LEVELS = (
+    # Dettmers et al. 2023, QLoRA (arXiv 2305.14314), appendix E.
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+def to_groups(x: Tensor, scheme: TensorScheme) -> Tensor:
+    """View x so that its last axis shares one scale.
+
+    [out, in] → [out, 1, in] (channel), [out, in/g, g] (group), [1, numel] (tensor); [..., d] → [..., 1, d] (token).
+
+    Raises RecipeError when the group size does not divide the last axis.
+    """
+    if scheme.granularity == "tensor":
+        return x.reshape(1, -1)
+    if scheme.granularity == "group":
+        assert scheme.group_size is not None
+        if x.shape[-1] % scheme.group_size:
+            raise RecipeError(
+                f"Group size {scheme.group_size} does not divide {x.shape[-1]} inputs: choose a divisor."
+            )
+        return x.unflatten(-1, (-1, scheme.group_size))
+    return x.unsqueeze(-2)
+
+
+def from_groups(groups: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    """The inverse of `to_groups`."""
+    return groups.reshape(shape)
+
+
+def scale_and_zero(
+    minimum: Tensor,
+    maximum: Tensor,
+    scheme: TensorScheme,
+    scale_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero-point of a range, shapes [..., 1] like the limits.
+
+    The range is widened to contain 0. `scale_dtype` rounds the scale to the precision in which it will be
+    stored, *before* the zero-point and the codes are made, so that nothing is lost in storage.
+    The zero-point is None for symmetric grids, else integer values in floating point.
+    """
+    constant = (minimum == maximum) & (minimum != 0)
+    value = minimum.abs()
+    minimum, maximum = minimum.clamp(max=0), maximum.clamp(min=0)
+    if scheme.grid == "nf4":
+        scale = torch.maximum(-minimum, maximum)
+    elif scheme.grid == "fp8_e4m3":
+        scale = torch.maximum(-minimum, maximum) / FP8_MAX
+    elif scheme.symmetric:
+        half = scheme.qmax if scheme.narrow else (scheme.qmax - scheme.qmin) / 2
+        scale = torch.maximum(-minimum, maximum) / half
+    else:
+        scale = (maximum - minimum) / (scheme.qmax - scheme.qmin)
+    # A constant group c is exact as c = ±1 · |c|, whatever the grid's own step would have been.
+    scale = torch.where(constant, value, scale)
+    if scale_dtype is not None:
+        scale = scale.to(scale_dtype).to(minimum.dtype)
+    # Zero (an all-zero group, or an underflow in scale_dtype) becomes the smallest scale there is.
+    smallest = 2.0**-24 if scale_dtype == torch.float16 else torch.finfo(torch.float32).tiny
+    scale = torch.where(scale == 0, torch.full_like(scale, smallest), scale)
+    if scheme.symmetric:
+        return scale, None
+    zero = (scheme.qmin - torch.round(minimum / scale)).clamp(scheme.qmin, scheme.qmax)
+    return scale, torch.where(constant, torch.zeros_like(zero), zero)
+
+
+def code_dtype(scheme: TensorScheme) -> torch.dtype:
+    """dtype in which codes are held in memory: int8, float8 for fp8, uint8 indices for nf4."""
+    return {"int": torch.int8, "fp8_e4m3": torch.float8_e4m3fn, "nf4": torch.uint8}[scheme.grid]
+
+
+def quantize(groups: Tensor, scale: Tensor, zero: Tensor | None, scheme: TensorScheme) -> Tensor:
+    """Codes of grouped values, dtype `code_dtype(scheme)`, shape of `groups`."""
+    scaled = groups / scale
+    if scheme.grid == "nf4":
+        levels = torch.tensor(NF4_LEVELS, dtype=scaled.dtype, device=scaled.device)
+        return torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+    if scheme.grid == "fp8_e4m3":
+        return scaled.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    if zero is not None:
+        scaled += zero
+    return scaled.clamp_(scheme.qmin, scheme.qmax).round_().to(torch.int8)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None, scheme: TensorScheme) -> Tensor:
+    """Values of grouped codes in the dtype of `scale`."""
+    if scheme.grid == "nf4":
+        return torch.tensor(NF4_LEVELS, dtype=scale.dtype, device=scale.device)[codes.int()] * scale
+    values = codes.to(scale.dtype)
+    if zero is not None:
+        values -= zero.to(scale.dtype)
+    return values.mul_(scale)
+
+
+def fake_quantize(
+    groups: Tensor, scale: Tensor, zero: Tensor | None, scheme: TensorScheme
+) -> Tensor:
+    """Quantize and dequantize without leaving floating point; same shape and dtype as `groups`."""
+    if scheme.grid != "int":
+        return dequantize(quantize(groups, scale, zero, scheme), scale, None, scheme)
+    values = groups / scale
+    if zero is not None:
+        values += zero
+    values.clamp_(scheme.qmin, scheme.qmax).round_()
+    if zero is not None:
+        values -= zero
+    return values.mul_(scale)
+
+
+def fake_quantize_dynamic(x: Tensor, scheme: TensorScheme) -> Tensor:
+    """Fake quantization with the min-max range of what it is given; same shape and dtype as x."""
+    groups = to_groups(x, scheme)
+    minimum, maximum = torch.aminmax(groups, dim=-1, keepdim=True)
+    scale, zero = scale_and_zero(minimum, maximum, scheme)
+    return from_groups(fake_quantize(groups, scale, zero, scheme), x.shape)

@@ -1,0 +1,176 @@
+"""What is quantized how: the grid and granularity of one tensor, and the papers' notation for a layer."""
+
+import re
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from bitfold.errors import RecipeError
+
+__all__ = ["GridName", "Scheme", "TensorScheme"]
+
+GridName = Literal["int", "fp8_e4m3", "nf4"]
+Granularity = Literal["tensor", "channel", "group", "token"]
+
+_FIXED_BITS = {"fp8_e4m3": 8, "nf4": 4}
+
+
+class TensorScheme(BaseModel):
+    """Grid and granularity of one kind of tensor.
+
+    `granularity` names the elements that share one scale: all of them (`tensor`), a row of a weight
+    (`channel`), `group_size` consecutive inputs of a row (`group`), or the last axis of an activation
+    (`token`; for queries, keys and values of shape [batch, head, token, head_dim] that is per token and head).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    grid: GridName = "int"
+    bits: int = Field(default=8, ge=2, le=8)
+    symmetric: bool = True
+    narrow: bool = False
+    granularity: Granularity = "channel"
+    group_size: int | None = Field(default=None, ge=2)
+    static: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.grid != "int" and self.bits != _FIXED_BITS[self.grid]:
+            raise ValueError(f"grid {self.grid} has {_FIXED_BITS[self.grid]} bits, not {self.bits}")
+        if self.grid != "int" and not self.symmetric:
+            raise ValueError(f"grid {self.grid} has no zero-point: set symmetric=true")
+        if self.narrow and not (self.grid == "int" and self.symmetric):
+            raise ValueError("narrow=true belongs to symmetric integer grids")
+        if (self.granularity == "group") != (self.group_size is not None):
+            raise ValueError("group_size goes with granularity=group, and only with it")
+        if self.granularity == "token" and self.static:
+            raise ValueError("a scale per token is dynamic: set granularity=tensor for static=true")
+        return self
+
+    @property
+    def qmin(self) -> int:
+        """Smallest integer code; 1 above it where the grid is narrow."""
+        return -(2 ** (self.bits - 1)) + int(self.narrow)
+
+    @property
+    def qmax(self) -> int:
+        """Largest integer code."""
+        return 2 ** (self.bits - 1) - 1
+
+    def describe(self) -> str:
+        """A few words for a table.
+
+        >>> TensorScheme(bits=4, symmetric=False, granularity="group", group_size=128).describe()
+        'int4 asymmetric, group 128'
+        """
+        grid = f"int{self.bits}" if self.grid == "int" else self.grid
+        sign = "symmetric" if self.symmetric else "asymmetric"
+        where = f"group {self.group_size}" if self.group_size else self.granularity
+        return f"{grid} {sign}, {'static ' if self.static else ''}{where}"
+
+
+_WIDTH = r"(\d+|fp8|nf4)"
+_NOTATION = re.compile(rf"w{_WIDTH}a{_WIDTH}(?:q{_WIDTH})?(?:kv{_WIDTH})?(?:g(\d+))?")
+
+
+class Scheme(BaseModel):
+    """What happens in one decoder layer; `None` means left alone (the notation's 16)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    weight: TensorScheme | None = None
+    activation: TensorScheme | None = None
+    query: TensorScheme | None = None
+    key: TensorScheme | None = None
+    value: TensorScheme | None = None
+
+    @classmethod
+    def parse(cls, notation: str) -> Self:
+        """Read `w<bits>a<bits>[q<bits>][kv<bits>][g<group>]`; 16 leaves a tensor alone.
+
+        Weights are asymmetric; activations dynamic, per token, symmetric at 8 bits and asymmetric below;
+        queries, keys and values per token and head, asymmetric, dynamic. `fp8` and `nf4` stand for the
+        grids of that name.
+
+        >>> Scheme.parse("w4a16g128").weight.describe()
+        'int4 asymmetric, group 128'
+        >>> Scheme.parse("w4a4q4kv4").key.describe()
+        'int4 asymmetric, token'
+
+        Raises RecipeError, naming the notation, when it cannot be read.
+        """
+        match = _NOTATION.fullmatch(notation.strip().lower())
+        if match is None:
+            raise RecipeError(
+                f"Scheme '{notation}' cannot be read: write w<bits>a<bits>[q<bits>][kv<bits>][g<group>], "
+                "for example w4a16g128 or w4a4q4kv4."
+            )
+        weight, activation, query, kv, group = match.groups()
+        try:
+            if group is not None and weight == "16":
+                raise ValueError(f"a group of {group} needs quantized weights")
+            heads = {
+                "query": _activation(query, symmetric_at_8=False),
+                "key": _activation(kv, symmetric_at_8=False),
+                "value": _activation(kv, symmetric_at_8=False),
+            }
+            return cls(
+                weight=_weight(weight, int(group) if group else None),
+                activation=_activation(activation, symmetric_at_8=True),
+                **heads,
+            )
+        except ValidationError as error:
+            reason = error.errors()[0]
+            raise RecipeError(
+                f"Scheme '{notation}' is impossible: {'.'.join(map(str, reason['loc']))} "
+                f"{reason['msg'].removeprefix('Value error, ')}; integer grids have 2 to 8 bits, "
+                "16 leaves a tensor alone."
+            ) from error
+        except ValueError as error:
+            raise RecipeError(f"Scheme '{notation}' is impossible: {error}.") from error
+
+    @property
+    def notation(self) -> str:
+        """The papers' short form; what it cannot say (symmetry, static) is left out."""
+        text = f"w{_width(self.weight)}a{_width(self.activation)}"
+        if self.query is not None:
+            text += f"q{_width(self.query)}"
+        if self.key is not None or self.value is not None:
+            text += f"kv{_width(self.key)}"
+        if self.weight is not None and self.weight.group_size is not None:
+            text += f"g{self.weight.group_size}"
+        return text
+
+    @property
+    def quantizes_attention(self) -> bool:
+        """Whether queries, keys or values are quantized."""
+        return not (self.query is None and self.key is None and self.value is None)
+
+
+def _width(scheme: TensorScheme | None) -> str:
+    if scheme is None:
+        return "16"
+    return {"int": str(scheme.bits), "fp8_e4m3": "fp8", "nf4": "nf4"}[scheme.grid]
+
+
+def _grid(width: str) -> dict[str, object]:
+    named: dict[str, GridName] = {"fp8": "fp8_e4m3", "nf4": "nf4"}
+    if width in named:
+        return {"grid": named[width], "bits": _FIXED_BITS[named[width]], "symmetric": True}
+    return {"bits": int(width)}
+
+
+def _weight(width: str, group: int | None) -> TensorScheme | None:
+    if width == "16":
+        return None
+    where = {"granularity": "group", "group_size": group} if group else {"granularity": "channel"}
+    return TensorScheme.model_validate({"symmetric": False} | where | _grid(width))
+
+
+def _activation(width: str | None, *, symmetric_at_8: bool) -> TensorScheme | None:
+    if width is None or width == "16":
+        return None
+    symmetric = symmetric_at_8 and width == "8"
+    return TensorScheme.model_validate(
+        {"symmetric": symmetric, "granularity": "token"} | _grid(width)
+    )

@@ -1,0 +1,19 @@
+"""A part of a recipe: a frozen set of options and, in the subclass, the pure solver that reads them."""
+
+from typing import ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+__all__ = ["Need", "Part"]
+
+Need = Literal["gram", "channels", "rows", "loss"]
+"""What a part may ask of the block loop: the inputs' second moment, per-channel magnitudes,
+a sample of input rows, or the block's loss as a differentiable function."""
+
+
+class Part(BaseModel):
+    """Base of every transform, range and rounding; the options are its fields, checked when made."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    needs: ClassVar[frozenset[Need]] = frozenset()

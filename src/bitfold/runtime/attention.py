@@ -1,0 +1,63 @@
+"""Attention whose queries, keys and values are quantized, through transformers' own attention interface.
+
+The function sees queries and keys after the rotary embedding and the per-head norms, which is where the papers'
+q/k/v quantization acts. A module without quantizers attends as `sdpa` does, to the bit.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from bitfold.numerics import Scheme, TensorScheme, fake_quantize_dynamic
+
+__all__ = ["ATTENTION", "HeadQuantizers", "set_head_quantizers"]
+
+ATTENTION = "bitfold"
+_ATTRIBUTE = "bitfold_head_quantizers"
+
+
+@dataclass(frozen=True)
+class HeadQuantizers:
+    """Schemes of queries, keys and values, each [batch, heads, tokens, head_dim]; None leaves them alone."""
+
+    query: TensorScheme | None
+    key: TensorScheme | None
+    value: TensorScheme | None
+
+    @classmethod
+    def of(cls, scheme: Scheme) -> "HeadQuantizers | None":
+        """The q/k/v part of a layer's scheme, or None where it has none."""
+        if not scheme.quantizes_attention:
+            return None
+        return cls(scheme.query, scheme.key, scheme.value)
+
+
+def set_head_quantizers(attention: torch.nn.Module, quantizers: HeadQuantizers | None) -> None:
+    """Make an attention module of a model loaded with `attn_implementation=ATTENTION` quantize q, k, v."""
+    setattr(attention, _ATTRIBUTE, quantizers)
+
+
+def _attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: object, **kwargs: object
+) -> tuple[Tensor, Tensor | None]:
+    quantizers: HeadQuantizers | None = getattr(module, _ATTRIBUTE, None)
+    if quantizers is not None:
+        query = _apply(query, quantizers.query)
+        key = _apply(key, quantizers.key)
+        value = _apply(value, quantizers.value)
+    result: tuple[Tensor, Tensor | None] = ALL_ATTENTION_FUNCTIONS["sdpa"](
+        module, query, key, value, *args, **kwargs
+    )
+    return result
+
+
+def _apply(x: Tensor, scheme: TensorScheme | None) -> Tensor:
+    return x if scheme is None else fake_quantize_dynamic(x, scheme)
+
+
+# transformers' public way to add an attention function; the mask is sdpa's.
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
