@@ -143,8 +143,36 @@ def fake_quantize(
 
 
 def fake_quantize_dynamic(x: Tensor, scheme: TensorScheme) -> Tensor:
-    """Fake quantization with the min-max range of what it is given; same shape and dtype as x."""
+    """Fake quantization with the min-max range of what it is given; same shape and dtype as x.
+
+    What compressed-tensors computes at run time, to the bit and in every dtype, so that an artifact
+    gives the logits of the simulation: here, unlike in a weight, a constant group is not special.
+    """
     groups = to_groups(x, scheme)
-    minimum, maximum = torch.aminmax(groups, dim=-1, keepdim=True)
-    scale, zero = scale_and_zero(minimum, maximum, scheme)
+    scale, zero = _dynamic_scale_and_zero(groups, scheme)
     return from_groups(fake_quantize(groups, scale, zero, scheme), x.shape)
+
+
+def _dynamic_scale_and_zero(groups: Tensor, scheme: TensorScheme) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero-point of the groups' min-max ranges, [..., 1], computed in their dtype."""
+    minimum, maximum = torch.aminmax(groups, dim=-1, keepdim=True)
+    minimum, maximum = minimum.clamp(max=0), maximum.clamp(min=0)
+    # Tensors, because CUDA turns a division by a Python number into a product with its inverse.
+    steps = torch.tensor(_steps(scheme), dtype=groups.dtype, device=groups.device)
+    if scheme.symmetric:
+        scale = torch.maximum(-minimum, maximum) / (steps / 2)
+        return torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale), None
+    scale = (maximum - minimum) / steps
+    # qmin − min/s is rounded as a whole: in half precision the subtraction already rounds.
+    zero = torch.round((scheme.qmin - minimum / scale).clamp(scheme.qmin, scheme.qmax))
+    nothing = scale == 0  # a group of zeros, whose zero-point came out as 0/0
+    return torch.where(nothing, torch.finfo(scale.dtype).eps, scale), zero.masked_fill(nothing, 0)
+
+
+def _steps(scheme: TensorScheme) -> float:
+    """Width of the grid in scales."""
+    if scheme.grid == "nf4":
+        return 2.0
+    if scheme.grid == "fp8_e4m3":
+        return 2 * FP8_MAX
+    return 2.0 * scheme.qmax if scheme.narrow else float(scheme.qmax - scheme.qmin)

@@ -1,0 +1,139 @@
+"""Greedy generation, with the two speeds and the memory a user feels."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from bitfold.data.text import check_vocabulary
+from bitfold.errors import DataError
+from bitfold.evaluate.memory import peak_rss_mb
+from bitfold.runtime.load import load, load_tokenizer
+
+__all__ = ["Generation", "generate"]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What was generated, and how fast.
+
+    text                       the new tokens as text, without the prompt and special tokens
+    tokens                     their ids, an end-of-sequence token included
+    prefill_seconds            from the prompt to the first new token
+    decode_tokens_per_second   of the tokens after the first; None if there were none
+    peak_rss_mb                MiB the whole process has held so far, loading included
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    prompt_tokens: int
+    new_tokens: int
+    prefill_seconds: float
+    decode_tokens_per_second: float | None
+    peak_rss_mb: float
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields under their names."""
+        return {**asdict(self), "tokens": list(self.tokens)}
+
+
+def generate(
+    model: str | Path | PreTrainedModel,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    trust_remote_code: bool = False,
+) -> Generation:
+    """Continue a prompt with the likeliest token each time, until end-of-sequence or the limit.
+
+    The prompt is tokenized with the tokenizer's own special tokens. `model` is a directory, a hub
+    name or a loaded model, which then needs a `tokenizer` and stays where and as it is.
+
+    Raises DataError for a prompt that is empty or does not fit the model's positions together with
+    the new tokens, CheckpointError for checkpoints.
+    """
+    if max_new_tokens < 1:
+        raise DataError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    if not prompt:
+        raise DataError("the prompt is empty: give some text to continue")
+    if tokenizer is None:
+        if not isinstance(model, str | Path):
+            raise DataError("a loaded model does not carry its tokenizer: pass tokenizer=")
+        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    if isinstance(model, str | Path):
+        model = load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    prompt_T = torch.tensor(tokenizer(prompt, verbose=False)["input_ids"], dtype=torch.int64)
+    check_vocabulary(prompt_T, model.config.get_text_config().vocab_size)
+    _check_fits(model, len(prompt_T), max_new_tokens)
+
+    training = model.training
+    model.eval()
+    try:
+        tokens, prefill_seconds, decode_seconds = _greedy(model, prompt_T, max_new_tokens)
+    finally:
+        model.train(training)
+    return Generation(
+        text=tokenizer.decode(tokens, skip_special_tokens=True),
+        tokens=tuple(tokens),
+        prompt_tokens=len(prompt_T),
+        new_tokens=len(tokens),
+        prefill_seconds=prefill_seconds,
+        decode_tokens_per_second=(len(tokens) - 1) / decode_seconds if len(tokens) > 1 else None,
+        peak_rss_mb=peak_rss_mb(),
+    )
+
+
+def _check_fits(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: int) -> None:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if prompt_tokens < 1:
+        raise DataError("the prompt holds no token: give some text to continue")
+    if not positions or prompt_tokens + max_new_tokens <= positions:
+        return
+    if prompt_tokens >= positions:
+        raise DataError(
+            f"the prompt's {prompt_tokens} tokens leave none of the model's {positions} positions:"
+            " shorten it"
+        )
+    raise DataError(
+        f"{prompt_tokens} prompt tokens and {max_new_tokens} new ones are beyond the model's"
+        f" {positions} positions: ask for at most {positions - prompt_tokens} new tokens"
+    )
+
+
+@torch.no_grad()
+def _greedy(
+    model: PreTrainedModel, prompt_T: torch.Tensor, max_new_tokens: int
+) -> tuple[list[int], float, float]:
+    """New token ids, and the seconds of prefill and of decoding."""
+    ends = _end_tokens(model)
+    # Only the last position's logits are needed; a long prompt's all would be gigabytes.
+    last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
+    options = {"use_cache": True} | ({"logits_to_keep": 1} if last_only else {})
+
+    start = time.perf_counter()
+    output = model(input_ids=prompt_T[None].to(model.device), **options)
+    tokens = [int(output.logits[0, -1].argmax())]  # int() waits for the device
+    prefilled = time.perf_counter()
+    while len(tokens) < max_new_tokens and tokens[-1] not in ends:
+        newest = torch.tensor([tokens[-1:]], device=model.device)
+        output = model(input_ids=newest, past_key_values=output.past_key_values, **options)
+        tokens.append(int(output.logits[0, -1].argmax()))
+    return tokens, prefilled - start, time.perf_counter() - prefilled
+
+
+def _end_tokens(model: PreTrainedModel) -> set[int]:
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    if configured is None:
+        configured = model.config.get_text_config().eos_token_id
+    if configured is None:
+        return set()
+    return set(configured) if isinstance(configured, list | tuple) else {int(configured)}

@@ -1,0 +1,328 @@
+"""Perplexity of a model on text, and its distance from the original on the same tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from bitfold.data.text import (
+    check_sequence_length,
+    default_sequence_length,
+    read_text,
+    tokenize,
+)
+from bitfold.data.text import windows as cut_windows
+from bitfold.errors import DataError
+from bitfold.evaluate.statistics import (
+    TokenStatistics,
+    mean_and_error,
+    quantile,
+    token_statistics,
+)
+from bitfold.runtime.load import load, load_tokenizer
+
+__all__ = ["Evaluation", "TextEvaluation", "evaluate"]
+
+LOGITS_PER_BATCH = 2**22
+"""Elements; larger batches are no faster, and fall out of the allocator's reuse."""
+LOGITS_PER_SLICE = 2**18
+"""Elements worked on at once: fits a core's cache, and bounds what a large vocabulary needs."""
+
+NOT_TEXT = (".jsonl", ".npy")
+
+
+@dataclass(frozen=True)
+class TextEvaluation:
+    """The figures of one text. A figure is None where a logit it needs was not finite.
+
+    tokens             predicted tokens: windows · (sequence_length − 1)
+    nonfinite_tokens   those whose likelihood or divergence was no finite number
+    *_se               standard errors, clustered by window; None with one window
+    kl_*, top1_*       against the original, in nats per token and as a fraction; None without one
+    """
+
+    perplexity: float | None
+    perplexity_se: float | None
+    tokens: int
+    windows: int
+    sequence_length: int
+    nonfinite_tokens: int
+    compared: bool = False
+    kl_mean: float | None = None
+    kl_median: float | None = None
+    kl_p99: float | None = None
+    kl_se: float | None = None
+    top1_agreement: float | None = None
+    top1_se: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers and nulls; without kl_* and top1_* if there was nothing to compare with."""
+        figures = asdict(self)
+        if not figures.pop("compared"):
+            return {k: v for k, v in figures.items() if not k.startswith(("kl_", "top1_"))}
+        return figures
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The figures of every text, by its name."""
+
+    texts: dict[str, TextEvaluation]
+
+    def to_json(self) -> dict[str, Any]:
+        """One text: its figures. Several: the figures of each under its name."""
+        if len(self.texts) == 1:
+            return next(iter(self.texts.values())).to_json()
+        return {name: figures.to_json() for name, figures in self.texts.items()}
+
+
+def evaluate(
+    model: str | Path | PreTrainedModel,
+    texts: Mapping[str, str | Path] | str | Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    sequence_length: int | None = None,
+    against: str | Path | PreTrainedModel | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    windows: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    trust_remote_code: bool = False,
+) -> Evaluation:
+    """Perplexity on one text or several by name, and with `against` the distance from that model.
+
+    The whole file is tokenized once without special tokens, cut in consecutive windows of
+    `sequence_length` (the last partial one dropped), each window alone; perplexity is exp of the
+    mean negative log-likelihood over the L−1 predicted tokens of every window. `against`, usually
+    the original, gives KL(against ‖ model) and top-1 agreement over the same predictions. Both
+    models run batch by batch: the logits of a text are never all in memory.
+
+    model, against    directory, hub name or a loaded model
+    tokenizer         needed with a loaded `model`, else the checkpoint's own
+    sequence_length   default min(2048, the model's positions)
+    device, dtype     of what is loaded here; a loaded model stays as it is
+    windows           only the first so many windows of each text
+    progress          called with (windows done, windows in all)
+
+    Raises DataError for text that cannot be used and models that cannot be compared,
+    CheckpointError for checkpoints. Logits that are not finite are counted, not raised.
+    """
+    if windows is not None and windows < 1:
+        raise DataError(f"windows must be at least 1, not {windows}")
+    paths = _by_name(texts)
+    contents = {name: read_text(path) for name, path in paths.items()}
+    opened = partial(_opened, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    if tokenizer is None:
+        if not isinstance(model, str | Path):
+            raise DataError("a loaded model does not carry its tokenizer: pass tokenizer=")
+        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    candidate = opened(model)
+    length = sequence_length
+    if length is None:
+        length = default_sequence_length(candidate.config)
+    _check_positions(candidate, length)
+    vocab_size = _vocab_size(candidate)
+    tokens = {
+        name: tokenize(text, tokenizer, vocab_size=vocab_size) for name, text in contents.items()
+    }
+    rows = {name: _cut(tokens[name], length, paths[name])[:windows] for name in paths}
+
+    reference = None
+    if against is not None:
+        if isinstance(against, str | Path):
+            other = load_tokenizer(against, trust_remote_code=trust_remote_code)
+            _check_same_tokens(other, contents, tokens)
+        reference = opened(against)
+        if _vocab_size(reference) != vocab_size:
+            raise DataError(
+                f"vocabularies of {vocab_size} and {_vocab_size(reference)} tokens cannot be"
+                " compared: evaluate against the model this one was made from"
+            )
+        _check_positions(reference, length)
+
+    total = sum(len(rows_nL) for rows_nL in rows.values())
+    done = 0
+    figures = {}
+    with _evaluating(candidate), _evaluating(reference), torch.no_grad():
+        for name, rows_nL in rows.items():
+            parts = []
+            for batch_BL in rows_nL.split(max(1, LOGITS_PER_BATCH // (length * vocab_size))):
+                parts.append(_batch_statistics(candidate, reference, batch_BL))
+                done += len(batch_BL)
+                if progress is not None:
+                    progress(done, total)
+            figures[name] = _summary(_join(parts), length)
+    return Evaluation(figures)
+
+
+# --- before anything runs ---
+
+
+def _by_name(texts: Mapping[str, str | Path] | str | Path) -> dict[str, Path]:
+    if isinstance(texts, str | Path):
+        texts = {Path(texts).stem: texts}
+    if not texts:
+        raise DataError("no text to evaluate on: name at least one file")
+    for path in texts.values():
+        if Path(path).suffix.lower() in NOT_TEXT:
+            raise DataError(f"{path}: evaluation takes plain text (UTF-8), not {Path(path).suffix}")
+    return {name: Path(path) for name, path in texts.items()}
+
+
+def _opened(
+    model: str | Path | PreTrainedModel,
+    *,
+    device: str | torch.device,
+    dtype: str | torch.dtype,
+    trust_remote_code: bool,
+) -> PreTrainedModel:
+    if not isinstance(model, str | Path):
+        return model
+    return load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def _vocab_size(model: PreTrainedModel) -> int:
+    return int(model.config.get_text_config().vocab_size)
+
+
+def _check_positions(model: PreTrainedModel, length: int) -> None:
+    check_sequence_length(length)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions and length > positions:
+        raise DataError(
+            f"sequence length {length} is beyond the model's {positions} positions:"
+            f" use at most {positions}"
+        )
+
+
+def _cut(tokens_T: torch.Tensor, length: int, path: Path) -> torch.Tensor:
+    rows_nL = cut_windows(tokens_T, length)
+    if not len(rows_nL):
+        raise DataError(
+            f"{path}: {tokens_T.numel()} tokens, but one window needs {length}:"
+            " give more text or a shorter sequence length"
+        )
+    return rows_nL
+
+
+def _check_same_tokens(
+    other: PreTrainedTokenizerBase,
+    contents: Mapping[str, str],
+    tokens: Mapping[str, torch.Tensor],
+) -> None:
+    """Tokenizers are compared by what they do to these texts; their files may differ harmlessly."""
+    for name, text in contents.items():
+        if not torch.equal(tokenize(text, other), tokens[name]):
+            raise DataError(
+                f"the two models' tokenizers cut '{name}' into different tokens:"
+                " evaluate against the model this one was made from"
+            )
+
+
+# --- running the models ---
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel | None) -> Iterator[None]:
+    """Without dropout; a model that was training goes on training afterwards."""
+    if model is None:
+        yield
+        return
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _batch_statistics(
+    model: PreTrainedModel, reference: PreTrainedModel | None, batch_BL: torch.Tensor
+) -> TokenStatistics:
+    """Statistics [B, L−1] of a batch of windows, on the CPU."""
+    logits_BLV = _logits(model, batch_BL)
+    reference_BLV = _logits(reference, batch_BL) if reference is not None else None
+    _, length, vocab_size = logits_BLV.shape
+    step = max(1, LOGITS_PER_SLICE // vocab_size)
+    parts = []
+    for window, ids_L in enumerate(batch_BL):
+        for start in range(0, length - 1, step):
+            rows = slice(start, min(start + step, length - 1))
+            logits_TV = logits_BLV[window, rows]
+            reference_TV = None
+            if reference_BLV is not None:
+                reference_TV = reference_BLV[window, rows].to(logits_TV.device)
+            next_T = ids_L[rows.start + 1 : rows.stop + 1].to(logits_TV.device)
+            parts.append(token_statistics(logits_TV, reference_TV, next_T))
+    shape = (len(batch_BL), length - 1)
+    return _join(parts, lambda values: values.reshape(shape).cpu())
+
+
+def _logits(model: PreTrainedModel, batch_BL: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=batch_BL.to(model.device), use_cache=False).logits
+
+
+def _join(
+    parts: list[TokenStatistics],
+    then: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
+) -> TokenStatistics:
+    nll = then(torch.cat([part.nll for part in parts]))
+    kl = [part.kl for part in parts if part.kl is not None]
+    agree = [part.agree for part in parts if part.agree is not None]
+    return TokenStatistics(
+        nll, then(torch.cat(kl)) if kl else None, then(torch.cat(agree)) if agree else None
+    )
+
+
+# --- summing up ---
+
+
+def _summary(statistics: TokenStatistics, length: int) -> TextEvaluation:
+    """Figures from the statistics [n, L−1] of all windows of a text."""
+    finite = statistics.nll.isfinite()
+    perplexity, perplexity_se = _perplexity(statistics.nll)
+    divergence: dict[str, Any] = {}
+    if statistics.kl is not None and statistics.agree is not None:
+        divergence = _divergence(statistics.kl, statistics.agree)
+        finite &= statistics.kl.isfinite()
+    return TextEvaluation(
+        perplexity=perplexity,
+        perplexity_se=perplexity_se,
+        tokens=finite.numel(),
+        windows=len(finite),
+        sequence_length=length,
+        nonfinite_tokens=int((~finite).sum()),
+        **divergence,
+    )
+
+
+def _perplexity(nll_nT: torch.Tensor) -> tuple[float | None, float | None]:
+    """Perplexity and its standard error by the delta method: exp(m) · se(m)."""
+    mean, error = mean_and_error(nll_nT)
+    if not math.isfinite(mean) or mean > 700:  # e^710 is beyond float64
+        return None, None
+    return math.exp(mean), math.exp(mean) * error if error is not None else None
+
+
+def _divergence(kl_nT: torch.Tensor, agree_nT: torch.Tensor) -> dict[str, Any]:
+    if not kl_nT.isfinite().all():
+        return {"compared": True}
+    kl_mean, kl_se = mean_and_error(kl_nT)
+    top1_agreement, top1_se = mean_and_error(agree_nT)
+    return {
+        "compared": True,
+        "kl_mean": kl_mean,
+        "kl_median": quantile(kl_nT, 0.5),
+        "kl_p99": quantile(kl_nT, 0.99),
+        "kl_se": kl_se,
+        "top1_agreement": top1_agreement,
+        "top1_se": top1_se,
+    }

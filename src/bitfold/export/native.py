@@ -1,0 +1,170 @@
+"""bitfold's own format, for what compressed-tensors cannot say: nf4, keys unlike values, and so on.
+
+Loaded by `bitfold.runtime.hf_quantizer`. Each weight is packed into int32 words under the name
+`weight`, so that a transformers that does not know the format stops at a shape it did not expect;
+it would otherwise warn, make up the weights that it misses, and go on. `attn_implementation` in
+config.json stops it even before.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitfold.errors import CheckpointError
+from bitfold.export.layout import Choice, Layout, Refusal, WeightFormat
+from bitfold.numerics import QuantizedTensor, Scheme, TensorScheme, pack, unpack
+
+__all__ = [
+    "NAME",
+    "choose",
+    "config",
+    "extra_config",
+    "from_tensors",
+    "read_config",
+    "to_tensors",
+    "unpack_weight",
+]
+
+NAME = "bitfold"
+VERSION = 1
+
+
+def choose(layout: Layout) -> Choice | Refusal:
+    """How to say the layout, or what `bitfold.runtime` cannot run."""
+    for name, entry in layout.linears.items():
+        weight, activation = entry.scheme.weight, entry.scheme.activation
+        if weight is not None and weight.granularity == "token":
+            return Refusal(f"a weight has no tokens ({name})")
+        if activation is not None and activation.granularity == "channel":
+            return Refusal(f"activations have no scale per channel ({name})")
+        if activation is not None and activation.static and activation.granularity != "tensor":
+            return Refusal(f"static activations have one scale per tensor ({name})")
+    for name, attention in layout.attention.items():
+        scheme = attention.scheme
+        if any(part and part.static for part in (scheme.query, scheme.key, scheme.value)):
+            return Refusal(f"queries, keys and values are dynamic ({name})")
+    return Choice(
+        {name: WeightFormat(NAME, _strategy(e.scheme)) for name, e in layout.linears.items()}
+    )
+
+
+def config(layout: Layout, choice: Choice) -> dict[str, Any]:
+    """The `quantization_config` of config.json: each scheme, and the modules that have it."""
+    del choice  # there is one way to say anything
+    linears = {
+        name: Scheme(weight=entry.scheme.weight, activation=entry.scheme.activation)
+        for name, entry in layout.linears.items()
+    }
+    attention = {
+        name: Scheme(query=entry.scheme.query, key=entry.scheme.key, value=entry.scheme.value)
+        for name, entry in layout.attention.items()
+        if entry.scheme.quantizes_attention
+    }
+    return {
+        "quant_method": NAME,
+        "version": VERSION,
+        "linears": _by_scheme(linears),
+        "attention": _by_scheme(attention),
+    }
+
+
+def read_config(settings: Mapping[str, Any]) -> tuple[dict[str, Scheme], dict[str, Scheme]]:
+    """The schemes of linear layers and of attention modules, by module name, that `config` wrote.
+
+    Raises CheckpointError for another version, or for what is no scheme.
+    """
+    if settings.get("version") != VERSION:
+        raise CheckpointError(
+            f"The artifact's format has version {settings.get('version')}, this bitfold reads "
+            f"{VERSION}: use the bitfold that wrote it, or quantize again."
+        )
+    try:
+        linears, attention = (
+            {
+                module: Scheme.model_validate(group["scheme"])
+                for group in settings[kind]
+                for module in group["modules"]
+            }
+            for kind in ("linears", "attention")
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            "The quantization_config of config.json is damaged "
+            f"({' '.join(str(error).split())}): quantize again."
+        ) from error
+    return linears, attention
+
+
+def extra_config(layout: Layout, model_config: Mapping[str, Any]) -> dict[str, Any]:
+    """What else config.json must say: an attention that only bitfold has (see above)."""
+    del layout, model_config
+    return {"attn_implementation": NAME}
+
+
+def to_tensors(name: str, tensor: QuantizedTensor, format: WeightFormat) -> dict[str, Tensor]:
+    """The tensors of one layer's weight [out, in]; the same for every `format`.
+
+    NAME.weight: [out, ⌈in·bits/32⌉] int32, packed codes (of nf4 the indices − 8, of fp8 the bytes).
+    NAME.weight_shape: [2] int64, out and in.
+    NAME.weight_scale: [out, groups] ([1, 1] per tensor) in the scale's dtype.
+    NAME.weight_zero_point: [⌈out·bits/32⌉, groups] int32, packed along dim 0; asymmetric only.
+    """
+    del format
+    scheme = tensor.scheme
+    signed = {
+        "int": lambda codes: codes,
+        "fp8_e4m3": lambda codes: codes.view(torch.int8),
+        "nf4": lambda codes: codes.to(torch.int8) - 8,
+    }[scheme.grid]
+    result = {
+        "weight": pack(signed(tensor.codes), scheme.bits),
+        "weight_scale": tensor.scale,
+        "weight_shape": torch.tensor(tensor.shape),
+    }
+    if tensor.zero is not None:
+        result["weight_zero_point"] = pack(tensor.zero.T, scheme.bits).T
+    return {f"{name}.{key}": value.contiguous() for key, value in result.items()}
+
+
+def from_tensors(
+    name: str, tensors: Mapping[str, Tensor], scheme: TensorScheme, format: WeightFormat
+) -> QuantizedTensor:
+    """The weight that `to_tensors` wrote; `tensors` may hold others. KeyError if one is missing."""
+    del format
+    _, columns = tensors[f"{name}.weight_shape"].tolist()
+    zero = None if scheme.symmetric else tensors[f"{name}.weight_zero_point"]
+    return unpack_weight(
+        tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"], zero, scheme, columns
+    )
+
+
+def unpack_weight(
+    words: Tensor, scale: Tensor, zero: Tensor | None, scheme: TensorScheme, columns: int
+) -> QuantizedTensor:
+    """The weight [out, columns] behind the words, scales and packed zero-points of `to_tensors`."""
+    signed = unpack(words, scheme.bits, columns)
+    codes = {
+        "int": lambda codes: codes,
+        "fp8_e4m3": lambda codes: codes.view(torch.float8_e4m3fn),
+        "nf4": lambda codes: (codes + 8).to(torch.uint8),
+    }[scheme.grid](signed)
+    if zero is not None:
+        zero = unpack(zero.T, scheme.bits, scale.shape[0]).T
+    return QuantizedTensor(codes, scale, zero, scheme)
+
+
+def _strategy(scheme: Scheme) -> str:
+    return "" if scheme.weight is None else scheme.weight.granularity
+
+
+def _by_scheme(schemes: Mapping[str, Scheme]) -> list[dict[str, Any]]:
+    """Distinct schemes, in order of appearance, each with its modules."""
+    modules: dict[Scheme, list[str]] = {}
+    for name, scheme in schemes.items():
+        modules.setdefault(scheme, []).append(name)
+    return [
+        {"scheme": scheme.model_dump(exclude_none=True), "modules": names}
+        for scheme, names in modules.items()
+    ]

@@ -1,0 +1,116 @@
+"""A model family as data: where its blocks are, and the sites where an invertible matrix may stand.
+
+A *site* names modules relative to the block. What may be inserted there (the group) and how it is folded is in
+`transforms/`; the same table serves every transform. DESIGN section 3 gives the mathematics of each kind.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from transformers import PretrainedConfig
+
+__all__ = ["Family", "FcPair", "NormSite", "QueryKey", "Site", "UpDown", "ValueOutput", "head_counts"]
+
+
+@dataclass(frozen=True)
+class NormSite:
+    """norm → readers. `offset` is what the module adds to its stored gain (Gemma: 1)."""
+
+    norm: str
+    readers: tuple[str, ...]
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class ValueOutput:
+    """v_proj → o_proj, per KV head."""
+
+    value: str
+    output: str
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        return (self.output,)
+
+
+@dataclass(frozen=True)
+class UpDown:
+    """up_proj → down_proj of a gated MLP: act(gate) ⊙ up is linear in up."""
+
+    up: str
+    down: str
+    gate: str
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        return (self.down,)
+
+
+@dataclass(frozen=True)
+class FcPair:
+    """fc1 → activation → fc2; a diagonal passes only where the activation is positively homogeneous (ReLU)."""
+
+    fc1: str
+    fc2: str
+    homogeneous: bool
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        return (self.fc2,)
+
+
+@dataclass(frozen=True)
+class QueryKey:
+    """q_proj · k_proj, per KV head; what commutes depends on what stands between them and the dot product."""
+
+    query: str
+    key: str
+    rotary: Literal["none", "half-split"]
+    query_norm: str | None = None
+    key_norm: str | None = None
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        return ()
+
+
+Site = NormSite | ValueOutput | UpDown | FcPair | QueryKey
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture.
+
+    name:      as in config.json's `model_type`.
+    blocks:    path of the list of blocks in the causal language model.
+    attention: path of the attention module in a block.
+    sites:     the block's sites, given the config (switches such as OPT's `do_layer_norm_before` close some).
+    inputs:    linear layers that read the same tensor, first the one whose name stands for the input.
+    flattened_inputs: linear layers that are given [batch·tokens, in] instead of [batch, tokens, in].
+    """
+
+    name: str
+    blocks: str
+    attention: str
+    sites: Callable[[PretrainedConfig], tuple[Site, ...]]
+    inputs: tuple[tuple[str, ...], ...]
+    flattened_inputs: tuple[str, ...] = ()
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Every linear layer of a block."""
+        return tuple(name for shared in self.inputs for name in shared)
+
+    def input_of(self, linear: str) -> str:
+        """The name that stands for the input of a linear layer."""
+        return next(shared[0] for shared in self.inputs if linear in shared)
+
+
+def head_counts(config: PretrainedConfig) -> tuple[int, int, int]:
+    """(query heads, KV heads, head_dim) of a config."""
+    settings: Any = config
+    heads = settings.num_attention_heads
+    kv_heads = getattr(settings, "num_key_value_heads", None) or heads
+    head_dim = getattr(settings, "head_dim", None) or settings.hidden_size // heads
+    return heads, kv_heads, head_dim

@@ -1,0 +1,215 @@
+"""One block: capture inputs ► fit transforms ► fold ► choose ranges ► round."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bitfold.errors import EquivalenceError
+from bitfold.models.skeleton import Skeleton
+from bitfold.numerics import QuantizedTensor, Scheme, scale_and_zero, to_groups
+from bitfold.part import Need
+from bitfold.pipeline.hooks import InputQuantizer, capturing_inputs, quantizing
+from bitfold.pipeline.plan import Plan
+from bitfold.pipeline.streams import Streams, batches
+from bitfold.statistics import InputStatistics
+from bitfold.transforms import fold
+
+__all__ = ["QuantizedBlock", "quantize_block", "run_quantized"]
+
+# Relative change of a block's output by folding alone, above which it was no equivalence: float32 folds to
+# about 1e-6, a matrix outside the group to more than 1e-2.
+LARGEST_FOLDING_ERROR = {torch.float64: 1e-9, torch.float32: 1e-3}
+LARGEST_FOLDING_ERROR_HALF = 5e-2
+
+
+@dataclass(frozen=True)
+class QuantizedBlock:
+    """A block's result.
+
+    tensors: quantized weights; plain: everything else, in the dtype of storage; inputs: how layers' inputs are
+    quantized; all by name relative to the block. errors: relative error of each layer's output on the probe.
+    unpacked_in: the dtype in which loaders compute the weights' values, where that is not the one they run in.
+    """
+
+    tensors: dict[str, QuantizedTensor]
+    plain: dict[str, Tensor]
+    inputs: dict[str, InputQuantizer]
+    heads: Scheme
+    errors: dict[str, float]
+    folding_error: float
+    unpacked_in: torch.dtype | None = None
+
+    def weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What the block's parameters are once loaded: the simulation."""
+        simulated = {name: value.to(dtype) for name, value in self.plain.items()}
+        for name, tensor in self.tensors.items():
+            simulated[f"{name}.weight"] = tensor.dequantize(self.unpacked_in or dtype).to(dtype)
+        return simulated
+
+
+@torch.no_grad()
+def quantize_block(
+    skeleton: Skeleton, index: int, plan: Plan, streams: Streams, dtype: torch.dtype
+) -> QuantizedBlock:
+    """Rewrite and round block `index`; the streams are read, not advanced.
+
+    Raises EquivalenceError, naming the block and the error, where folding changed what the block computes.
+    """
+    recipe = plan.recipe
+    prefix = skeleton.block_name(index)
+    schemes = plan.block_schemes(prefix)
+    weights = skeleton.load_block(index, dtype)
+
+    folded, folding_error = _fold_transforms(skeleton, index, plan, schemes, streams, weights)
+    quantized_names = {name for name, scheme in schemes.items() if scheme.weight is not None}
+    plain = {
+        name: value.to(plan.storage)
+        for name, value in folded.items()
+        if name.removesuffix(".weight") not in quantized_names
+    }
+    folded |= {name: value.to(dtype) for name, value in plain.items()}
+
+    late_needs = recipe.weight_range.needs | recipe.rounding.needs
+    late_needs |= frozenset({"rows", "channels"}) if recipe.static_activations else frozenset()
+    statistics = _statistics(skeleton, index, plan, folded, streams, late_needs)
+
+    tensors = {}
+    for name in quantized_names:
+        scheme = schemes[name].weight
+        assert scheme is not None
+        weight = folded[f"{name}.weight"].float()
+        input_name = skeleton.family.input_of(name)
+        gram = statistics[input_name].gram if "gram" in late_needs else None
+        limits = recipe.weight_range.limits(to_groups(weight, scheme), scheme, gram)  # type: ignore[attr-defined]
+        tensors[name] = recipe.rounding.solve(weight, limits, scheme, plan.storage, gram)  # type: ignore[attr-defined]
+    tensors = {name: tensors[name] for name in schemes if name in tensors}
+
+    inputs = {
+        name: _input_quantizer(scheme, statistics.get(skeleton.family.input_of(name)), plan)
+        for name, scheme in schemes.items()
+        if scheme.activation is not None
+    }
+    heads = plan.attention[f"{prefix}.{skeleton.family.attention}"]
+    errors = _layer_errors(skeleton, index, folded, tensors, inputs, streams.probe_quantized)
+    return QuantizedBlock(tensors, plain, inputs, heads, errors, folding_error, plan.unpacked_in)
+
+
+def run_quantized(
+    skeleton: Skeleton, index: int, block: QuantizedBlock, dtype: torch.dtype
+) -> Callable[[Tensor], Tensor]:
+    """The simulation of a quantized block, as a function of hidden states [batch, length, hidden]."""
+    weights = block.weights(dtype)
+
+    def run(hidden: Tensor) -> Tensor:
+        module = skeleton.blocks[index]
+        with torch.no_grad(), quantizing(module, block.inputs, skeleton.family.attention, block.heads):
+            return skeleton.run(index, weights, hidden)
+
+    return run
+
+
+def _fold_transforms(
+    skeleton: Skeleton,
+    index: int,
+    plan: Plan,
+    schemes: Mapping[str, Scheme],
+    streams: Streams,
+    weights: dict[str, Tensor],
+) -> tuple[dict[str, Tensor], float]:
+    """The weights after every transform of the recipe, and the relative change of the block's output."""
+    folded = dict(weights)
+    for part in plan.recipe.transforms:
+        statistics = _statistics(skeleton, index, plan, folded, streams, part.needs)
+        for site in plan.sites:
+            if not site.readers:
+                continue
+            stats = statistics[skeleton.family.input_of(site.readers[0])]
+            transform = part.fit(site, folded, stats, schemes, plan.heads)  # type: ignore[attr-defined]
+            if transform is not None:
+                folded = fold(folded, transform, plan.heads, plan.storage)
+    if not plan.recipe.transforms:
+        return folded, 0.0
+    probe = streams.probe_original.to(skeleton.device)
+    before, after = skeleton.run(index, weights, probe), skeleton.run(index, folded, probe)
+    error = float((after - before).norm() / (before - probe).norm())
+    limit = LARGEST_FOLDING_ERROR.get(probe.dtype, LARGEST_FOLDING_ERROR_HALF)
+    if not error <= limit:
+        raise EquivalenceError(
+            f"Folding changed what {skeleton.block_name(index)} computes by {error:.2e} (relative; at most "
+            f"{limit:g} is rounding): the transforms {plan.recipe.method} found are no equivalence there."
+        )
+    return folded, error
+
+
+def _statistics(
+    skeleton: Skeleton,
+    index: int,
+    plan: Plan,
+    weights: Mapping[str, Tensor],
+    streams: Streams,
+    needs: frozenset[Need],
+) -> dict[str, InputStatistics]:
+    """Statistics of every distinct input of the block, by the name that stands for it; empty if nothing is needed."""
+    stream = streams.original if plan.recipe.stream == "original" else streams.quantized
+    if not needs or stream is None:
+        return {}
+    tokens = stream.shape[0] * stream.shape[1]
+    statistics = {shared[0]: InputStatistics(needs, tokens) for shared in skeleton.family.inputs}
+    receivers = {name: one.update for name, one in statistics.items()}
+    with capturing_inputs(skeleton.blocks[index], receivers):
+        for batch in batches(stream):
+            skeleton.run(index, weights, batch.to(skeleton.device))
+    return statistics
+
+
+def _input_quantizer(scheme: Scheme, statistics: InputStatistics | None, plan: Plan) -> InputQuantizer:
+    activation = scheme.activation
+    assert activation is not None
+    if not activation.static:
+        return InputQuantizer(activation)
+    assert statistics is not None
+    # The sample decides the range; the extremes of the whole stream are added for ranges that do not clip.
+    extremes = torch.stack([statistics.minimum.min(), statistics.maximum.max()])
+    values = torch.cat([statistics.rows.flatten(), extremes]).unsqueeze(0)
+    limits = plan.recipe.activation_range.limits(values, activation)  # type: ignore[attr-defined]
+    scale, zero = scale_and_zero(*limits, activation, plan.storage)
+    return InputQuantizer(
+        activation,
+        scale.reshape(1).to(plan.storage),
+        None if zero is None else zero.reshape(1).to(torch.int8),
+    )
+
+
+def _layer_errors(
+    skeleton: Skeleton,
+    index: int,
+    folded: Mapping[str, Tensor],
+    tensors: Mapping[str, QuantizedTensor],
+    inputs: Mapping[str, InputQuantizer],
+    probe: Tensor,
+) -> dict[str, float]:
+    """‖Q(X) Ŵᵀ − X Wᵀ‖ / ‖X Wᵀ‖ of each layer, its input X taken from the probe."""
+    seen: dict[str, Tensor] = {}
+    receivers = {shared[0]: _keep(seen, shared[0]) for shared in skeleton.family.inputs}
+    with capturing_inputs(skeleton.blocks[index], receivers):
+        skeleton.run(index, folded, probe.to(skeleton.device))
+    errors = {}
+    for name in skeleton.family.linears:
+        if name not in tensors and name not in inputs:
+            continue
+        x = seen[skeleton.family.input_of(name)]
+        weight = folded[f"{name}.weight"]
+        exact = x @ weight.T
+        rounded = tensors[name].dequantize(weight.dtype) if name in tensors else weight
+        given = inputs[name](x) if name in inputs else x
+        errors[name] = float((given @ rounded.T - exact).norm() / exact.norm().clamp(min=1e-30))
+    return errors
+
+
+def _keep(seen: dict[str, Tensor], name: str) -> Callable[[Tensor], None]:
+    def receive(x: Tensor) -> None:
+        seen[name] = x
+
+    return receive

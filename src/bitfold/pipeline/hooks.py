@@ -1,0 +1,66 @@
+"""Looking into a running block, and quantizing what its layers are given: forward hooks, removed when done."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from bitfold.numerics import Scheme, TensorScheme
+from bitfold.runtime.activation import quantize_input
+from bitfold.runtime.attention import HeadQuantizers, set_head_quantizers
+
+__all__ = ["InputQuantizer", "capturing_inputs", "quantizing"]
+
+
+@dataclass(frozen=True)
+class InputQuantizer:
+    """How a linear layer's input is quantized; scale and zero are [1] tensors for static activations."""
+
+    scheme: TensorScheme
+    scale: Tensor | None = None
+    zero: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return quantize_input(x, self.scheme, self.scale, self.zero)
+
+
+@contextmanager
+def capturing_inputs(
+    block: nn.Module, names: Mapping[str, Callable[[Tensor], None]]
+) -> Iterator[None]:
+    """Within this context each named linear layer hands its input to a function."""
+
+    def hook_for(receive: Callable[[Tensor], None]) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            receive(args[0])
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, receive in names.items():
+            handle = block.get_submodule(name).register_forward_pre_hook(hook_for(receive))
+            stack.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def quantizing(
+    block: nn.Module, inputs: Mapping[str, InputQuantizer], attention: str, heads: Scheme
+) -> Iterator[None]:
+    """Within this context the block runs with quantized inputs, queries, keys and values."""
+
+    def hook_for(quantizer: InputQuantizer) -> Callable[..., tuple[Tensor, ...]]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (quantizer(args[0]), *args[1:])
+
+        return hook
+
+    module = block.get_submodule(attention)
+    with ExitStack() as stack:
+        for name, quantizer in inputs.items():
+            handle = block.get_submodule(name).register_forward_pre_hook(hook_for(quantizer))
+            stack.callback(handle.remove)
+        set_head_quantizers(module, HeadQuantizers.of(heads))
+        stack.callback(set_head_quantizers, module, None)
+        yield

@@ -1,0 +1,171 @@
+"""The plan: everything that can be decided before the first calibration step, and the checks that go with it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+
+from bitfold.errors import RecipeError, did_you_mean
+from bitfold.export import Choice, Format, Layout, choose_format
+from bitfold.export.layout import AttentionEntry, LayerEntry
+from bitfold.models.family import Site, head_counts
+from bitfold.models.skeleton import Skeleton
+from bitfold.numerics import Scheme
+from bitfold.recipe import Recipe
+from bitfold.transforms import Heads
+
+__all__ = ["Plan", "make_plan"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be done to each layer, and how it will be said on disk.
+
+    schemes: full name of every linear layer of the blocks → its scheme; an ignored one has a scheme of Nones.
+    attention: full name of every attention module → its scheme.
+    storage: dtype of the checkpoint's floating tensors, in which scales and rewritten norms are stored.
+    """
+
+    recipe: Recipe
+    schemes: Mapping[str, Scheme]
+    attention: Mapping[str, Scheme]
+    sites: tuple[Site, ...]
+    heads: Heads
+    storage: torch.dtype
+    layout: Layout
+    format: Format
+    choice: Choice
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def unpacked_in(self) -> torch.dtype | None:
+        """Where the format has loaders unpack weights at once, they do it in the dtype of the scales."""
+        return self.storage if self.choice.dequantize else None
+
+    def block_schemes(self, prefix: str) -> dict[str, Scheme]:
+        """The schemes of one block's linear layers, by name relative to the block."""
+        start = prefix + "."
+        return {n.removeprefix(start): s for n, s in self.schemes.items() if n.startswith(start)}
+
+
+def make_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
+    """Hold a recipe against a network.
+
+    Raises RecipeError, naming layer, shape and option, for a group size that does not divide, a pattern that matches
+    nothing, rules that contradict each other, or a recipe that quantizes nothing.
+    """
+    names = _linear_names(skeleton)
+    _check_patterns(recipe, list(names))
+    schemes = {name: recipe.scheme_for(name) or Scheme() for name in names}
+    for name, scheme in schemes.items():
+        _check_groups(name, names[name], scheme)
+    attention = _attention_schemes(skeleton, schemes)
+    if all(scheme == Scheme() for scheme in [*schemes.values(), *attention.values()]):
+        raise RecipeError(
+            f"The recipe quantizes nothing (scheme {recipe.scheme.notation}, ignore {list(recipe.ignore)}): "
+            "choose fewer bits, or ignore less."
+        )
+    layout = _layout(skeleton, schemes, attention, names)
+    format, choice, notes = choose_format(layout)
+    heads = Heads(*head_counts(skeleton.config))
+    return Plan(
+        recipe=recipe,
+        schemes=schemes,
+        attention=attention,
+        sites=skeleton.family.sites(skeleton.config),
+        heads=heads,
+        storage=_storage_dtype(skeleton),
+        layout=layout,
+        format=format,
+        choice=choice,
+        notes=notes,
+    )
+
+
+def _linear_names(skeleton: Skeleton) -> dict[str, int]:
+    """Full name → number of inputs of every linear layer of the blocks."""
+    return {
+        f"{skeleton.block_name(index)}.{name}": block.get_submodule(name).in_features
+        for index, block in enumerate(skeleton.blocks)
+        for name in skeleton.family.linears
+    }
+
+
+def _check_patterns(recipe: Recipe, names: list[str]) -> None:
+    known = [*names, "lm_head"]
+    patterns = [("ignore", pattern) for pattern in recipe.ignore]
+    patterns += [("layers", rule.match) for rule in recipe.layers]
+    for where, pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in known):
+            leaves = sorted({f"*.{name.rpartition('.')[2]}" for name in known})
+            raise RecipeError(
+                f"The pattern '{pattern}' in {where} matches no linear layer of the model: "
+                f"{did_you_mean(pattern, leaves)}."
+            )
+
+
+def _check_groups(name: str, inputs: int, scheme: Scheme) -> None:
+    group = scheme.weight.group_size if scheme.weight else None
+    if group and inputs % group:
+        fitting = [g for g in (32, 64, 128, 16) if inputs % g == 0]
+        remedy = f"use a divisor such as g{max(fitting)}" if fitting else "leave g out"
+        raise RecipeError(
+            f"Group size {group} does not divide the {inputs} inputs of {name}: {remedy}, "
+            "or give that layer its own scheme."
+        )
+
+
+def _attention_schemes(skeleton: Skeleton, schemes: Mapping[str, Scheme]) -> dict[str, Scheme]:
+    """q, k and v are quantized in the attention, so its projections must agree on them."""
+    result: dict[str, Scheme] = {}
+    family = skeleton.family
+    for index in range(len(skeleton.blocks)):
+        name = f"{skeleton.block_name(index)}.{family.attention}"
+        parts = [
+            Scheme(query=s.query, key=s.key, value=s.value)
+            for s in (schemes[f"{skeleton.block_name(index)}.{linear}"] for linear in family.inputs[0])
+        ]
+        wanted = [part for part in parts if part != Scheme()]
+        if any(part != wanted[0] for part in wanted):
+            raise RecipeError(
+                f"The q, k and v projections of {name} ask for different query, key or value schemes: "
+                "give them one."
+            )
+        result[name] = wanted[0] if wanted else Scheme()
+    return result
+
+
+def _layout(
+    skeleton: Skeleton,
+    schemes: Mapping[str, Scheme],
+    attention: Mapping[str, Scheme],
+    inputs: Mapping[str, int],
+) -> Layout:
+    head_dim = head_counts(skeleton.config)[2]
+    quantized = {
+        name: scheme
+        for name, scheme in schemes.items()
+        if scheme.weight is not None or scheme.activation is not None
+    }
+    others = {
+        name
+        for name, module in skeleton.model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name not in quantized
+    }
+    return Layout(
+        linears={name: LayerEntry(scheme, inputs[name]) for name, scheme in quantized.items()},
+        attention={
+            name: AttentionEntry(scheme, head_dim, type(skeleton.model.get_submodule(name)).__name__)
+            for name, scheme in attention.items()
+        },
+        unquantized=sorted(others),
+        flattened_inputs=skeleton.family.flattened_inputs,
+    )
+
+
+def _storage_dtype(skeleton: Skeleton) -> torch.dtype:
+    """The dtype that most of the blocks' weights are stored in."""
+    infos = skeleton.checkpoint.tensors
+    name = skeleton.sources[f"{skeleton.block_name(0)}.{skeleton.family.linears[0]}.weight"]
+    return infos[name].dtype

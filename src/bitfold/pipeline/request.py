@@ -1,0 +1,32 @@
+"""What a run was asked for, as one hash: the same request onto the same place goes on, or is finished already."""
+
+import hashlib
+import json
+
+import torch
+
+from bitfold.data.calibration import Calibration
+from bitfold.models.checkpoint import Checkpoint
+from bitfold.recipe import Recipe
+from bitfold.version import VERSION
+
+__all__ = ["request_hash"]
+
+
+def request_hash(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    calibration: Calibration | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> str:
+    """Everything the artifact's bytes depend on, hashed; hexadecimal."""
+    parts = {
+        "bitfold": VERSION,
+        "source": checkpoint.fingerprint(),
+        "recipe": recipe.to_yaml(),
+        "calibration": calibration.sha256 if calibration else None,
+        "dtype": str(dtype),
+        "device": device.type,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

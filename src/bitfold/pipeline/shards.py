@@ -1,0 +1,90 @@
+"""Blocks on disk: a quantized block as a shard's tensors, and a shard's tensors as a block again."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from bitfold.errors import VerificationError
+from bitfold.export.layout import LayerEntry, input_tensors
+from bitfold.models.skeleton import Skeleton
+from bitfold.pipeline.block import QuantizedBlock
+from bitfold.pipeline.hooks import InputQuantizer
+from bitfold.pipeline.plan import Plan
+
+__all__ = ["block_from_tensors", "block_tensors", "check_shard"]
+
+
+def block_tensors(
+    skeleton: Skeleton, index: int, plan: Plan, block: QuantizedBlock
+) -> dict[str, Tensor]:
+    """All that is stored of a block, by full name."""
+    prefix = skeleton.block_name(index)
+    tensors = {f"{prefix}.{name}": value for name, value in block.plain.items()}
+    for name, tensor in block.tensors.items():
+        full = f"{prefix}.{name}"
+        tensors |= plan.format.to_tensors(full, tensor, plan.choice.formats[full])
+    for name, quantizer in block.inputs.items():
+        full = f"{prefix}.{name}"
+        width = plan.layout.linears[full].in_features
+        entry = LayerEntry(plan.schemes[full], width, quantizer.scale, quantizer.zero)
+        tensors |= input_tensors(full, entry)
+    return tensors
+
+
+def block_from_tensors(
+    skeleton: Skeleton, index: int, plan: Plan, tensors: Mapping[str, Tensor]
+) -> QuantizedBlock:
+    """The block that `block_tensors` stored; its errors are not stored and come back empty."""
+    prefix = skeleton.block_name(index)
+    schemes = plan.block_schemes(prefix)
+    quantized = {
+        name: plan.format.from_tensors(
+            f"{prefix}.{name}", tensors, scheme.weight, plan.choice.formats[f"{prefix}.{name}"]
+        )
+        for name, scheme in schemes.items()
+        if scheme.weight is not None
+    }
+    inputs = {
+        name: InputQuantizer(
+            scheme.activation,
+            tensors.get(f"{prefix}.{name}.input_scale"),
+            tensors.get(f"{prefix}.{name}.input_zero_point"),
+        )
+        for name, scheme in schemes.items()
+        if scheme.activation is not None
+    }
+    plain = {
+        name: tensors[f"{prefix}.{name}"]
+        for name in skeleton.block_parameters(index)
+        if name.removesuffix(".weight") not in quantized
+    }
+    heads = plan.attention[f"{prefix}.{skeleton.family.attention}"]
+    return QuantizedBlock(quantized, plain, inputs, heads, {}, 0.0, plan.unpacked_in)
+
+
+def check_shard(
+    file: Path, skeleton: Skeleton, index: int, plan: Plan, block: QuantizedBlock
+) -> None:
+    """Read a written shard back and hold it against the block in memory, code for code.
+
+    Raises VerificationError naming the layer that differs.
+    """
+    stored = block_from_tensors(skeleton, index, plan, load_file(file))
+    for name, tensor in block.tensors.items():
+        other = stored.tensors[name]
+        same = _equal(tensor.codes, other.codes) and _equal(tensor.scale, other.scale)
+        same = same and (tensor.zero is None) == (other.zero is None)
+        if tensor.zero is not None and other.zero is not None:
+            same = same and _equal(tensor.zero, other.zero)
+        if not same:
+            raise VerificationError(
+                f"{skeleton.block_name(index)}.{name} read back from {file} is not what was written: "
+                "the disk or the format is at fault; nothing was published."
+            )
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a.cpu().view(torch.uint8), b.cpu().view(torch.uint8))

@@ -1,0 +1,144 @@
+"""Nothing is trusted: an artifact's files are held against what was simulated, block by block and as a whole."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from bitfold.errors import VerificationError
+from bitfold.export.artifact import shard_name, tensor_sum
+from bitfold.models.skeleton import Skeleton
+from bitfold.pipeline.block import run_quantized
+from bitfold.pipeline.plan import Plan
+from bitfold.pipeline.probe import PROBE_FILE, Probe
+from bitfold.runtime.load import load
+
+__all__ = ["Verification", "verify", "verify_blocks"]
+
+# Of the logits' standard deviation. The same numbers in the same dtype differ only by the order of summation.
+TOLERANCE = {"float64": 1e-9, "float32": 1e-3}
+TOLERANCE_HALF = 0.1
+
+
+@dataclass(frozen=True)
+class Verification:
+    """difference: largest absolute difference of the probe's logits, over their standard deviation."""
+
+    out: str
+    tensors: int
+    positions: int
+    max_difference: float
+    difference: float
+    tolerance: float
+    dtype: str
+    ok: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def verify_blocks(
+    path: Path,
+    skeleton: Skeleton,
+    plan: Plan,
+    outer: Mapping[str, Tensor],
+    tokens: Tensor,
+    logits: Tensor,
+    dtype: torch.dtype,
+    progress: Callable[[int], None],
+) -> None:
+    """Run the probe through the written shards, one block in memory, and compare with the simulation's logits.
+
+    Raises VerificationError where they differ.
+    """
+    from bitfold.pipeline.shards import block_from_tensors
+
+    count = len(skeleton.blocks)
+    hidden = skeleton.embed(outer, tokens.to(skeleton.device))
+    for index in range(count):
+        progress(index)
+        tensors = load_file(path / shard_name(index + 1, count + 1), device=str(skeleton.device))
+        block = block_from_tensors(skeleton, index, plan, tensors)
+        hidden = run_quantized(skeleton, index, block, dtype)(hidden)
+    difference = _relative(skeleton.head(outer, hidden), logits)
+    tolerance = TOLERANCE.get(str(dtype).removeprefix("torch."), TOLERANCE_HALF)
+    if not difference <= tolerance:
+        raise VerificationError(
+            f"The written shards give logits that differ from the simulation by {difference:.2e} of their spread: "
+            "nothing was published; this is a defect of bitfold or of the disk."
+        )
+
+
+def verify(
+    out: str | Path, *, device: str | torch.device = "auto", progress: Callable[[str], None] | None = None
+) -> Verification:
+    """Load an artifact the way a user does and compare it with the simulation recorded at quantization.
+
+    Raises VerificationError naming the tensor that was changed, or the difference of the logits; CheckpointError when
+    it cannot be loaded.
+    """
+    out = Path(out).expanduser()
+    say = progress or (lambda what: None)
+    probe = Probe.load(out / PROBE_FILE)
+    say("checking tensors")
+    count = _check_sums(out)
+    say("loading")
+    model = load(out, device=device, dtype=probe.dtype)
+    say("comparing logits")
+    with torch.no_grad():
+        logits = model(input_ids=probe.tokens.to(model.device), use_cache=False).logits
+    found = Probe.pick(logits, probe.positions)
+    difference = _relative(found, probe.logits)
+    tolerance = TOLERANCE.get(probe.dtype, TOLERANCE_HALF)
+    if not difference <= tolerance:
+        raise VerificationError(
+            f"{out} gives logits that differ from the simulation by {difference:.2e} of their spread "
+            f"(at most {tolerance:g} is rounding): the artifact or the installed engine changed; quantize again, "
+            "or install the versions in its provenance.json."
+        )
+    return Verification(
+        out=str(out),
+        tensors=count,
+        positions=probe.logits.shape[0],
+        max_difference=float((found - probe.logits).abs().max()),
+        difference=difference,
+        tolerance=tolerance,
+        dtype=probe.dtype,
+    )
+
+
+def _check_sums(out: Path) -> int:
+    """Hold every stored tensor against the sum recorded for it; returns how many there are."""
+    try:
+        sums: dict[str, str] = json.loads((out / "checksums.json").read_text(encoding="utf-8"))
+        index = json.loads((out / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        weight_map: dict[str, str] = index["weight_map"]
+    except (OSError, ValueError, KeyError) as error:
+        raise VerificationError(f"{out} is no whole artifact of bitfold ({error}): quantize again.") from error
+    if missing := sorted(set(sums).symmetric_difference(weight_map)):
+        raise VerificationError(f"{out}: {missing[0]} is missing, or was added: quantize again.")
+    for shard in sorted(set(weight_map.values())):
+        try:
+            with safe_open(out / shard, framework="pt") as handle:
+                for name in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                    if tensor_sum(handle.get_tensor(name)) != sums.get(name):
+                        raise VerificationError(
+                            f"{name} in {out / shard} is not what was written: the file was changed or damaged; "
+                            "quantize again."
+                        )
+        except (SafetensorError, OSError) as error:
+            raise VerificationError(
+                f"{out / shard} is truncated or damaged ({error}): quantize again."
+            ) from error
+    return len(sums)
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    expected = expected.to(found.device)
+    return float((found - expected).abs().max() / expected.float().std())

@@ -1,0 +1,20 @@
+"""Min-max: the range is what the values span."""
+
+import torch
+from torch import Tensor
+
+from bitfold.numerics import TensorScheme
+from bitfold.part import Part
+
+__all__ = ["MinMax"]
+
+
+class MinMax(Part):
+    """The whole span of the values; nothing is clipped."""
+
+    def limits(
+        self, groups: Tensor, scheme: TensorScheme, gram: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Lower and upper limit [..., 1] of grouped values [..., g]."""
+        minimum, maximum = torch.aminmax(groups, dim=-1, keepdim=True)
+        return minimum, maximum

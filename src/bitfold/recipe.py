@@ -1,0 +1,297 @@
+"""What a user may ask for: a scheme, and the parts (transforms, ranges, rounding) that make a method.
+
+A recipe is checked whole before anything is read: unknown keys, options and methods are answered with the nearest
+right one. Every published method is a YAML file in `recipes/`; methods are composed with `+`.
+"""
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+)
+
+from bitfold.errors import RecipeError, did_you_mean
+from bitfold.numerics import Scheme
+from bitfold.part import Need, Part
+from bitfold.ranges import RANGES, MinMax
+from bitfold.rounding import ROUNDINGS, Nearest
+from bitfold.transforms import TRANSFORMS
+
+__all__ = ["LayerRule", "Recipe", "method_names", "method_text"]
+
+DEFAULT_SCHEME = "w4a16g128"
+_METHODS = Path(__file__).parent / "recipes"
+_TENSORS = ("weight", "activation", "query", "key", "value")
+
+
+def _part(kind: str, known: Mapping[str, type[Part]]) -> BeforeValidator:
+    """Reads `name` or `{name: {option: value}}` as the part of that name."""
+
+    def read(value: object) -> object:
+        if isinstance(value, Part):
+            return value
+        name, options = (value, None) if isinstance(value, str) else _single_item(kind, value)
+        if name not in known:
+            raise RecipeError(f"Unknown {kind} '{name}': {did_you_mean(str(name), known)}.")
+        return _make(known[str(name)], f"{kind} {name}", options or {})
+
+    return BeforeValidator(read)
+
+
+def _single_item(kind: str, value: object) -> tuple[object, Any]:
+    if not isinstance(value, Mapping) or len(value) != 1:
+        raise RecipeError(f"A {kind} is a name or one name with its options, not {value!r}.")
+    return next(iter(value.items()))
+
+
+def _make(model: type[BaseModel], what: str, options: object) -> Any:
+    """Build a pydantic model; the first thing wrong with it becomes one sentence."""
+    if not isinstance(options, Mapping):
+        raise RecipeError(f"The options of {what} are `key: value` pairs, not {options!r}.")
+    try:
+        return model.model_validate(dict(options))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            raise RecipeError(
+                f"{what} has no option '{key}': {did_you_mean(key, model.model_fields)}."
+            ) from error
+        value = first.get("input")
+        message = first["msg"].removeprefix("Value error, ")
+        raise RecipeError(
+            f"{what}: {key + ': ' if key else ''}{message}"
+            f"{f' (got {value!r})' if key and not isinstance(value, Mapping) else ''}."
+        ) from error
+
+
+def _named(known: Mapping[str, type[Part]]) -> PlainSerializer:
+    names = {cls: name for name, cls in known.items()}
+    return PlainSerializer(lambda part: {names[type(part)]: part.model_dump(mode="json")})
+
+
+TransformPart = Annotated[Part, _part("transform", TRANSFORMS), _named(TRANSFORMS)]
+RangePart = Annotated[Part, _part("range", RANGES), _named(RANGES)]
+RoundingPart = Annotated[Part, _part("rounding", ROUNDINGS), _named(ROUNDINGS)]
+
+
+class LayerRule(BaseModel):
+    """Linear layers whose full name matches a pattern (`*.down_proj`) have a scheme of their own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    match: str
+    scheme: Scheme
+
+
+class Recipe(BaseModel):
+    """Everything that determines an artifact, beside the checkpoint and the calibration text.
+
+    method: its name, for people. scheme: of every linear layer; `layers`: rules for some, the last match wins;
+    `ignore`: patterns of layers left alone. stream: which inputs the statistics are taken from, the original
+    model's or those that the quantized blocks before give.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: str = "rtn"
+    scheme: Scheme = Field(default_factory=lambda: Scheme.parse(DEFAULT_SCHEME))
+    layers: tuple[LayerRule, ...] = ()
+    ignore: tuple[str, ...] = ()
+    transforms: tuple[TransformPart, ...] = ()
+    weight_range: RangePart = MinMax()
+    activation_range: RangePart = MinMax()
+    rounding: RoundingPart = Nearest()
+    stream: Literal["original", "quantized"] = "quantized"
+    seed: int = 0
+
+    @classmethod
+    def make(
+        cls,
+        method: str | None = None,
+        scheme: str | None = None,
+        *,
+        file: Path | None = None,
+        set: Sequence[str] = (),
+        ignore: Sequence[str] = (),
+        seed: int | None = None,
+    ) -> Self:
+        """The recipe of a method and scheme, of a recipe file, or of a file with either overridden.
+
+        set: `key=value` items; a key is a field of the recipe, `weight.symmetric` and the like for the scheme, or
+        `<part>.<option>` for a part that the method has, for example `awq.steps=40`.
+
+        Raises RecipeError with one sentence for anything that cannot be.
+        """
+        content: dict[str, Any] = {} if file is None else _read_file(file)
+        scheme_text = scheme or content.pop("scheme", None) or DEFAULT_SCHEME
+        content.pop("scheme", None)
+        layers = content.pop("layers", None) or []
+        names = method or str(content.pop("method", "rtn"))
+        content.pop("method", None)
+        fields = _compose(names) | content
+        overrides = [_override(item) for item in set]
+        scheme_overrides = {key: value for key, value in overrides if key[0] in _TENSORS}
+        fields["scheme"] = _scheme(scheme_text, scheme_overrides)
+        fields["layers"] = [_layer_rule(rule, scheme_overrides) for rule in layers]
+        fields["ignore"] = [*fields.get("ignore", []), *ignore]
+        if seed is not None:
+            fields["seed"] = seed
+        for key, value in overrides:
+            if key[0] not in _TENSORS:
+                _set(fields, key, value)
+        recipe: Self = _make(cls, "The recipe", fields | {"method": names})
+        return recipe
+
+    def scheme_for(self, layer: str) -> Scheme | None:
+        """The scheme of a linear layer by its full name; None where it is ignored."""
+        if any(fnmatchcase(layer, pattern) for pattern in self.ignore):
+            return None
+        matching = [rule.scheme for rule in self.layers if fnmatchcase(layer, rule.match)]
+        return matching[-1] if matching else self.scheme
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What its parts ask of the block loop."""
+        parts = (*self.transforms, self.weight_range, self.rounding)
+        needs = frozenset[Need]().union(*(part.needs for part in parts))
+        return needs | ({"rows", "channels"} if self.static_activations else set())
+
+    @property
+    def static_activations(self) -> bool:
+        """Whether an activation range has to be calibrated."""
+        schemes = (self.scheme, *(rule.scheme for rule in self.layers))
+        return any(s.activation is not None and s.activation.static for s in schemes)
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether calibration text is needed at all."""
+        return bool(self.needs)
+
+    def to_yaml(self) -> str:
+        """The recipe in full, as it is stored in the artifact."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def method_names() -> list[str]:
+    """The methods there are."""
+    return sorted(file.stem for file in _METHODS.glob("*.yaml"))
+
+
+def method_text(name: str) -> str:
+    """A method's recipe file, in full.
+
+    Raises RecipeError for an unknown name.
+    """
+    if name not in method_names():
+        raise RecipeError(f"Unknown method '{name}': {did_you_mean(name, method_names())}.")
+    return (_METHODS / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def _compose(names: str) -> dict[str, Any]:
+    """The fields of methods joined by `+`: transforms follow one another, a later range or rounding replaces."""
+    fields: dict[str, Any] = {"transforms": []}
+    for name in names.split("+"):
+        content = yaml.safe_load(method_text(name.strip()))
+        content.pop("summary"), content.pop("paper")
+        fields["transforms"] += content.pop("transforms", [])
+        fields |= content
+    return fields
+
+
+def _read_file(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise RecipeError(f"There is no recipe file {file}.")
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise RecipeError(f"{file} is not valid YAML ({reason}).") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{file} holds no recipe: write `key: value` lines, as `bitfold recipes awq` shows.")
+    for key in content:
+        if key not in Recipe.model_fields and key not in ("summary", "paper"):
+            raise RecipeError(
+                f"{file} has an unknown key '{key}': {did_you_mean(str(key), Recipe.model_fields)}."
+            )
+    return {key: value for key, value in content.items() if key not in ("summary", "paper")}
+
+
+def _override(item: str) -> tuple[tuple[str, ...], Any]:
+    key, equals, value = item.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(f"--set takes key=value, not '{item}'.")
+    try:
+        return tuple(key.strip().split(".")), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {item}: '{value}' is not a value YAML can read.") from error
+
+
+def _scheme(text: object, overrides: Mapping[tuple[str, ...], Any]) -> Scheme:
+    """A scheme from its notation (or its full form in a file), with `weight.symmetric`-like overrides."""
+    if isinstance(text, Mapping):
+        base: Scheme = _make(Scheme, "The scheme", text)
+    else:
+        base = Scheme.parse(str(text))
+    fields = base.model_dump()
+    for (tensor, *path), value in overrides.items():
+        if len(path) != 1:
+            raise RecipeError(f"'{'.'.join([tensor, *path])}' is no key: write {tensor}.<option>.")
+        if fields[tensor] is None:
+            raise RecipeError(f"'{tensor}.{path[0]}' has nothing to set: the scheme leaves {tensor}s alone.")
+        fields[tensor][path[0]] = value
+        if tensor == "activation" and path[0] == "static" and value is True:
+            fields[tensor]["granularity"] = "tensor"
+        if path[0] == "group_size":
+            fields[tensor]["granularity"] = "channel" if value is None else "group"
+    for tensor, _ in overrides:
+        _make(type(getattr(base, tensor)), tensor, fields[tensor])
+    scheme: Scheme = _make(Scheme, "The scheme", fields)
+    return scheme
+
+
+def _layer_rule(rule: object, overrides: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    if not isinstance(rule, Mapping) or not rule.keys() >= {"match", "scheme"}:
+        raise RecipeError(f"A rule in `layers` is {{match: PATTERN, scheme: SCHEME}}, not {rule!r}.")
+    base = _scheme(rule["scheme"], {})
+    apply = {key: value for key, value in overrides.items() if getattr(base, key[0]) is not None}
+    return dict(rule) | {"scheme": _scheme(rule["scheme"], apply)}
+
+
+def _set(fields: dict[str, Any], key: tuple[str, ...], value: Any) -> None:
+    """Put a value at a recipe field, or at an option of a part the method has."""
+    if len(key) == 1 and key[0] in Recipe.model_fields:
+        fields[key[0]] = value
+        return
+    parts = {name: slot for slot, name in _parts_of(fields)}
+    if len(key) == 2 and key[0] in parts:
+        slot = parts[key[0]]
+        if slot == "transforms":
+            fields[slot] = [_with_option(part, key, value) for part in fields[slot]]
+        else:
+            fields[slot] = _with_option(fields[slot], key, value)
+        return
+    known = [*Recipe.model_fields, *(f"{t}.symmetric" for t in _TENSORS), *(f"{name}.…" for name in parts)]
+    raise RecipeError(f"Unknown key '{'.'.join(key)}': {did_you_mean('.'.join(key), known)}.")
+
+
+def _parts_of(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
+    slots = [(slot, fields.get(slot)) for slot in ("weight_range", "activation_range", "rounding")]
+    slots += [("transforms", part) for part in fields["transforms"]]
+    return [(slot, part if isinstance(part, str) else next(iter(part))) for slot, part in slots if part]
+
+
+def _with_option(part: Any, key: tuple[str, ...], value: Any) -> Any:
+    name, options = (part, {}) if isinstance(part, str) else next(iter(part.items()))
+    if name != key[0]:
+        return part
+    return {name: (options or {}) | {key[1]: value}}

@@ -1,0 +1,62 @@
+"""Which device, and which dtype, a model runs in."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from bitfold.errors import RecipeError, did_you_mean
+
+__all__ = ["resolve_device", "resolve_dtype"]
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def resolve_device(device: str | torch.device = "auto") -> torch.device:
+    """A device that is there: "auto" is CUDA if there is one, else the CPU.
+
+    Raises RecipeError for a name that is none, and for a CUDA device this machine does not have.
+
+    >>> resolve_device("cpu")
+    device(type='cpu')
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = str(device).partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
+        known = did_you_mean(kind, ["auto", "cpu", "cuda"])
+        raise RecipeError(f"unknown device '{device}': {known} (cuda:1 is the second GPU)")
+    if kind == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if int(index or 0) >= count:
+            raise RecipeError(
+                f"device '{device}' was asked for, but PyTorch sees {count} CUDA devices here:"
+                " use another device, or 'auto'"
+            )
+    return torch.device(str(device))
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype | Literal["auto"]:
+    """The dtype to load in, as transformers takes it.
+
+    "auto" is float32 on the CPU, where half precision is slow and coarse, and the checkpoint's own
+    dtype (transformers' "auto") elsewhere. RecipeError for a name that is none.
+
+    >>> resolve_dtype("bfloat16", torch.device("cpu"))
+    torch.bfloat16
+    """
+    if isinstance(dtype, torch.dtype):
+        if dtype not in DTYPES.values():
+            raise RecipeError(f"a model cannot run in {dtype}: use one of {', '.join(DTYPES)}")
+        return dtype
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    if dtype not in DTYPES:
+        raise RecipeError(f"unknown dtype '{dtype}': {did_you_mean(dtype, ['auto', *DTYPES])}")
+    return DTYPES[dtype]

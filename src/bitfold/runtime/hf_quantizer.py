@@ -1,0 +1,95 @@
+"""Makes `from_pretrained` load artifacts in bitfold's own format, once this module is imported."""
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from bitfold.errors import CheckpointError, RecipeError
+from bitfold.export import native
+from bitfold.numerics import Scheme
+from bitfold.runtime.attention import ATTENTION, HeadQuantizers, set_head_quantizers
+from bitfold.runtime.quantized_linear import QuantizedLinear
+
+__all__ = ["BitfoldConfig", "BitfoldHfQuantizer"]
+
+
+@register_quantization_config(native.NAME)
+class BitfoldConfig(QuantizationConfigMixin):
+    """The `quantization_config` that `bitfold.export.native.config` writes."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings | {"quant_method": native.NAME}
+        self.quant_method = native.NAME
+
+    def to_dict(self) -> dict[str, Any]:
+        """As written in config.json."""
+        return dict(self.settings)
+
+
+@register_quantizer(native.NAME)
+class BitfoldHfQuantizer(HfQuantizer):
+    """Puts in `QuantizedLinear`s for linear layers, and quantizers into attention modules."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        """Prepare the model, still on the meta device, for the artifact's tensors.
+
+        Raises CheckpointError where config.json names what the model lacks, RecipeError where the
+        attention that was asked for cannot quantize.
+        """
+        linears, attention = native.read_config(self.quantization_config.to_dict())
+        for name, scheme in linears.items():
+            model.set_submodule(name, _quantized(name, _module(model, name), scheme))
+        if attention:
+            _use_bitfold_attention(model)
+        for name, scheme in attention.items():
+            set_head_quantizers(_module(model, name), HeadQuantizers.of(scheme))
+
+    def is_serializable(self) -> bool:
+        """`save_pretrained` writes the tensors as they were read."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Weights stay packed: no gradient reaches them."""
+        return False
+
+
+def _module(model: PreTrainedModel, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise CheckpointError(
+            f"config.json says how {name} is quantized, but the model has no such module: "
+            "weights and config.json are of different models."
+        ) from error
+
+
+def _quantized(name: str, linear: nn.Module, scheme: Scheme) -> QuantizedLinear:
+    if not isinstance(linear, nn.Linear):
+        raise CheckpointError(
+            f"config.json says how the weight of {name} is quantized, but it is a "
+            f"{type(linear).__name__}: weights and config.json are of different models."
+        )
+    return QuantizedLinear(
+        linear.in_features,
+        linear.out_features,
+        scheme,
+        bias=linear.bias is not None,
+        dtype=linear.weight.dtype,
+        device=linear.weight.device,
+    )
+
+
+def _use_bitfold_attention(model: PreTrainedModel) -> None:
+    asked = model.config._attn_implementation
+    if asked not in ("sdpa", ATTENTION):
+        raise RecipeError(
+            f"attn_implementation={asked!r} cannot quantize queries, keys and values, "
+            "as this artifact asks: leave it out."
+        )
+    model.set_attn_implementation(ATTENTION)

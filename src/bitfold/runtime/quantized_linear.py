@@ -1,0 +1,94 @@
+"""A linear layer that keeps its weight packed, and unpacks it whenever it runs."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bitfold.export.native import unpack_weight
+from bitfold.numerics import Scheme, TensorScheme, packed_width
+from bitfold.runtime.activation import quantize_input
+
+__all__ = ["QuantizedLinear"]
+
+
+class QuantizedLinear(nn.Module):
+    """`nn.Linear` whose state is the tensors of bitfold's own format (`bitfold.export.native`).
+
+    The weight is dequantized in the dtype of its scales, and x is quantized before it where the
+    scheme has an activation, exactly as in the simulation. Where the scheme leaves the weight
+    alone, `weight` is [out, in].
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
+    weight_zero_point: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        scheme: Scheme,
+        *,
+        bias: bool = True,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+
+        def buffer(name: str, shape: tuple[int, ...] | None, dtype: torch.dtype) -> None:
+            empty = None if shape is None else torch.zeros(shape, dtype=dtype, device=device)
+            self.register_buffer(name, empty)
+
+        if (weight := scheme.weight) is None:
+            buffer("weight", (out_features, in_features), dtype)
+        else:
+            scales = _scale_shape(weight, out_features, in_features)
+            zeros = None if weight.symmetric else (packed_width(scales[0], weight.bits), scales[1])
+            buffer("weight", (out_features, packed_width(in_features, weight.bits)), torch.int32)
+            buffer("weight_shape", (2,), torch.int64)
+            buffer("weight_scale", scales, dtype)
+            buffer("weight_zero_point", zeros, torch.int32)
+        activation = scheme.activation
+        static = activation is not None and activation.static
+        asymmetric = activation is not None and not activation.symmetric
+        buffer("input_scale", (1,) if static else None, dtype)
+        buffer("input_zero_point", (1,) if static and asymmetric else None, torch.int8)
+        empty = torch.zeros(out_features, dtype=dtype, device=device)
+        self.bias = nn.Parameter(empty, requires_grad=False) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] → [..., out]"""
+        if self.scheme.activation is not None:
+            x = quantize_input(x, self.scheme.activation, self.input_scale, self.input_zero_point)
+        return F.linear(x, self.dequantize(), self.bias)
+
+    def dequantize(self) -> Tensor:
+        """The weight, [out, in]."""
+        if self.scheme.weight is None:
+            return self.weight
+        tensor = unpack_weight(
+            self.weight,
+            self.weight_scale,
+            self.weight_zero_point,
+            self.scheme.weight,
+            self.in_features,
+        )
+        return tensor.dequantize(self.weight_scale.dtype)
+
+    def extra_repr(self) -> str:
+        weight, activation = self.scheme.weight, self.scheme.activation
+        parts = [f"in_features={self.in_features}", f"out_features={self.out_features}"]
+        parts += [f"bias={self.bias is not None}"]
+        parts += [f"weight={weight.describe()}"] if weight else []
+        parts += [f"activation={activation.describe()}"] if activation else []
+        return ", ".join(parts)
+
+
+def _scale_shape(scheme: TensorScheme, out_features: int, in_features: int) -> tuple[int, int]:
+    if scheme.granularity == "tensor":
+        return 1, 1
+    return out_features, in_features // (scheme.group_size or in_features)

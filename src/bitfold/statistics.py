@@ -1,0 +1,84 @@
+"""What is kept of the inputs a layer saw: additive or bounded, so that no solver reads the stream itself."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from bitfold.part import Need
+
+__all__ = ["InputStatistics"]
+
+ROWS = 2048
+
+
+@dataclass
+class InputStatistics:
+    """Statistics of one input of width d, accumulated batch by batch in float32.
+
+    gram: [d, d] second moment E[xxᵀ] (kept as a sum; `gram` divides). channels: per-channel minimum, maximum,
+    mean magnitude [d]. rows: up to `ROWS` input rows [n, d], evenly spaced over the stream.
+    """
+
+    needs: frozenset[Need]
+    expected_tokens: int
+    count: int = 0
+    _gram: Tensor | None = None
+    _minimum: Tensor | None = None
+    _maximum: Tensor | None = None
+    _magnitude: Tensor | None = None
+    _rows: list[Tensor] = field(default_factory=list)
+
+    def update(self, x: Tensor) -> None:
+        """Add inputs [..., d]."""
+        x = x.detach().flatten(0, -2).float()
+        start, self.count = self.count, self.count + x.shape[0]
+        if "gram" in self.needs:
+            product = x.T @ x
+            self._gram = product if self._gram is None else self._gram.add_(product)
+        if "channels" in self.needs:
+            minimum, maximum = torch.aminmax(x, dim=0)
+            magnitude = x.abs().sum(dim=0, dtype=torch.float64)
+            if self._minimum is None or self._maximum is None or self._magnitude is None:
+                self._minimum, self._maximum, self._magnitude = minimum, maximum, magnitude
+            else:
+                self._minimum = torch.minimum(self._minimum, minimum)
+                self._maximum = torch.maximum(self._maximum, maximum)
+                self._magnitude += magnitude
+        if "rows" in self.needs:
+            stride = max(1, self.expected_tokens // ROWS)
+            self._rows.append(x[(-start) % stride :: stride].clone())
+
+    @property
+    def gram(self) -> Tensor:
+        """E[xxᵀ], [d, d] float32."""
+        assert self._gram is not None
+        return self._gram / self.count
+
+    @property
+    def minimum(self) -> Tensor:
+        """Smallest value per channel [d]."""
+        assert self._minimum is not None
+        return self._minimum
+
+    @property
+    def maximum(self) -> Tensor:
+        """Largest value per channel [d]."""
+        assert self._maximum is not None
+        return self._maximum
+
+    @property
+    def absmax(self) -> Tensor:
+        """Largest magnitude per channel [d]."""
+        return torch.maximum(-self.minimum, self.maximum)
+
+    @property
+    def absmean(self) -> Tensor:
+        """Mean magnitude per channel [d]."""
+        assert self._magnitude is not None
+        return (self._magnitude / self.count).float()
+
+    @property
+    def rows(self) -> Tensor:
+        """A sample of inputs [n, d]."""
+        return torch.cat(self._rows)

@@ -1,0 +1,89 @@
+"""SmoothQuant (Xiao et al. 2022, arXiv 2211.10438): a diagonal moves the activations' outliers into the weights.
+
+    s_j = max|X_j|^α / max|W_j|^(1−α)
+
+folded at every site that takes a diagonal (the paper: behind the norms only).
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from bitfold.models.family import NormSite, Site
+from bitfold.numerics import Scheme, fake_quantize_dynamic
+from bitfold.part import Need, Part
+from bitfold.statistics import InputStatistics
+from bitfold.transforms.diagonal import on_inputs, per_entry, reader_weights, takes_diagonal
+from bitfold.transforms.transform import Heads, Transform
+
+__all__ = ["SmoothQuant", "smoothing_scale"]
+
+
+class SmoothQuant(Part):
+    """alpha: the share of the difficulty that moves into the weights, or `search`: per site, of the candidates the
+    one of least error on the readers' own output, with weights and activations quantized by the scheme.
+    sites: `all` that take a diagonal, or `norms` as in the paper."""
+
+    needs = frozenset[Need]({"channels", "rows"})
+
+    alpha: float | Literal["search"] = Field(default="search")
+    candidates: tuple[float, ...] = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+    sites: Literal["all", "norms"] = "all"
+
+    def fit(
+        self,
+        site: Site,
+        weights: Mapping[str, Tensor],
+        statistics: InputStatistics,
+        schemes: Mapping[str, Scheme],
+        heads: Heads,
+    ) -> Transform | None:
+        """The site's diagonal, or None where it takes none.
+
+        weights: the block's, [out, in] each; statistics: of the readers' input; schemes: of the readers, by name.
+        """
+        if not takes_diagonal(site) or (self.sites == "norms" and not isinstance(site, NormSite)):
+            return None
+        peak = per_entry(statistics.absmax, site, heads)
+        weight_peak = per_entry(reader_weights(weights, site).abs().amax(dim=0), site, heads)
+        if self.alpha != "search":
+            return Transform(site, smoothing_scale(peak, weight_peak, self.alpha))
+        best, best_error = torch.ones_like(peak), torch.inf
+        for alpha in (None, *self.candidates):
+            scale = torch.ones_like(peak) if alpha is None else smoothing_scale(peak, weight_peak, alpha)
+            error = _output_error(on_inputs(scale, site, heads), site, weights, statistics.rows, schemes)
+            if error < best_error:
+                best, best_error = scale, error
+        return Transform(site, best)
+
+
+def smoothing_scale(peak: Tensor, weight_peak: Tensor, alpha: float) -> Tensor:
+    """s = peak^α / weight_peak^(1−α) [n], 1 where a channel is dead, of geometric mean 1."""
+    dead = (peak <= 0) | (weight_peak <= 0)
+    logarithm = alpha * peak.clamp(min=1e-30).log() - (1 - alpha) * weight_peak.clamp(min=1e-30).log()
+    logarithm = torch.where(dead, torch.zeros_like(logarithm), logarithm)
+    mean = logarithm.sum() / (~dead).sum().clamp(min=1)
+    return torch.where(dead, torch.ones_like(logarithm), (logarithm - mean).clamp(-11, 11).exp())
+
+
+def _output_error(
+    scale: Tensor,
+    site: Site,
+    weights: Mapping[str, Tensor],
+    rows: Tensor,
+    schemes: Mapping[str, Scheme],
+) -> float:
+    """Σ over readers of ‖X Wᵀ − Q(X/s) Q(W s)ᵀ‖² for input rows X [n, in]."""
+    total = 0.0
+    for reader in site.readers:
+        weight, scheme = weights[f"{reader}.weight"], schemes[reader]
+        smoothed_rows, smoothed = rows / scale, weight * scale
+        if scheme.activation is not None:
+            smoothed_rows = fake_quantize_dynamic(smoothed_rows, scheme.activation)
+        if scheme.weight is not None:
+            smoothed = fake_quantize_dynamic(smoothed, scheme.weight)
+        total += float((rows @ weight.T - smoothed_rows @ smoothed.T).square().sum())
+    return total

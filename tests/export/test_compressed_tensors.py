@@ -1,0 +1,419 @@
+"""What is said in compressed-tensors loads in plain transformers, to the bit of the simulation."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from tiny_artifacts import (
+    Quantized,
+    SchemeOf,
+    build,
+    everywhere,
+    load,
+    logits,
+    quantize,
+    quantizes_at_run_time,
+    scheme,
+    simulate,
+    without_activations,
+    write,
+)
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from bitfold.export import compressed_tensors
+from bitfold.export.layout import AttentionEntry, Choice, LayerEntry, Layout, Refusal
+from bitfold.numerics import QuantizedTensor, Scheme, TensorScheme
+
+Checkpoint = Callable[[str, torch.dtype], Path]
+FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """Builds each tiny checkpoint once."""
+    built: dict[tuple[str, torch.dtype], Path] = {}
+
+    def get(family: str, dtype: torch.dtype) -> Path:
+        key = (family, dtype)
+        if key not in built:
+            built[key] = build(family, dtype, tmp_path_factory.mktemp(family))
+        return built[key]
+
+    return get
+
+
+def by_kind(attention: Scheme, others: Scheme) -> SchemeOf:
+    return lambda name: attention if "self_attn" in name else others
+
+
+def by_depth(first: Scheme, others: Scheme) -> SchemeOf:
+    return lambda name: first if ".0." in name else others
+
+
+PER_TENSOR = TensorScheme(bits=4, symmetric=False, granularity="tensor")
+PACKED, ONE_BYTE, FLOAT = "pack-quantized", "int-quantized", "float-quantized"
+
+# name: (schemes, (format, strategy of its scales) of the layers, whether it is dequantized at once)
+CASES: dict[str, tuple[SchemeOf, set[tuple[str, str]], bool]] = {
+    **{
+        f"w{bits}a16{group}": (
+            everywhere(scheme(f"w{bits}a16{group}")),
+            {(PACKED, "group" if group else "channel")},
+            True,
+        )
+        for bits in (2, 3, 4, 5, 8)
+        for group in ("", "g32")
+    },
+    **{
+        f"w{bits}a16{group} symmetric": (
+            everywhere(scheme(f"w{bits}a16{group}", symmetric=True)),
+            {(PACKED, "group" if group else "channel")},
+            False,
+        )
+        for bits in (2, 3, 4, 5, 8)
+        for group in ("", "g32")
+    },
+    "w4a16 narrow": (
+        everywhere(scheme("w4a16", symmetric=True, narrow=True)),
+        {(PACKED, "channel")},
+        False,
+    ),
+    "w4a16 per tensor": (everywhere(Scheme(weight=PER_TENSOR)), {(PACKED, "tensor")}, True),
+    "w4a8 per tensor": (
+        everywhere(Scheme(weight=PER_TENSOR, activation=scheme("w8a8").activation)),
+        {(PACKED, "tensor")},
+        False,
+    ),
+    "w8a8": (everywhere(scheme("w8a8")), {(ONE_BYTE, "channel")}, False),
+    "w8a8 symmetric": (
+        everywhere(scheme("w8a8", symmetric=True)),
+        {(ONE_BYTE, "channel")},
+        False,
+    ),
+    "w8a8 static": (everywhere(scheme("w8a8", static=True)), {(ONE_BYTE, "channel")}, False),
+    "w8a8 symmetric static": (
+        everywhere(scheme("w8a8", symmetric=True, static=True)),
+        {(ONE_BYTE, "channel")},
+        False,
+    ),
+    "w4a8": (everywhere(scheme("w4a8")), {(PACKED, "block")}, False),
+    "w4a8g32": (everywhere(scheme("w4a8g32")), {(PACKED, "block")}, False),
+    "w4a8 symmetric": (everywhere(scheme("w4a8", symmetric=True)), {(PACKED, "channel")}, False),
+    "w3a8": (everywhere(scheme("w3a8")), {(PACKED, "block")}, False),
+    "w4a4": (everywhere(scheme("w4a4")), {(PACKED, "block")}, False),
+    "w4a4 symmetric": (everywhere(scheme("w4a4", symmetric=True)), {(PACKED, "channel")}, False),
+    "w4a4 static": (everywhere(scheme("w4a4", static=True)), {(PACKED, "block")}, False),
+    "w4a4q4kv4": (everywhere(scheme("w4a4q4kv4")), {(PACKED, "block")}, False),
+    "w4a4q4kv4g32 symmetric": (
+        everywhere(scheme("w4a4q4kv4g32", symmetric=True)),
+        {(PACKED, "group")},
+        False,
+    ),
+    "w4a16kv4": (everywhere(scheme("w4a16kv4")), {(PACKED, "block")}, False),
+    "w8a16kv8": (everywhere(scheme("w8a16kv8")), {(ONE_BYTE, "channel")}, False),
+    "w4a16kvfp8": (everywhere(scheme("w4a16kvfp8")), {(PACKED, "block")}, False),
+    "w16a8": (everywhere(scheme("w16a8")), {("dense", "")}, False),
+    "w16a16kv4": (everywhere(scheme("w16a16kv4")), set(), False),
+    "w16a16q4kv4": (everywhere(scheme("w16a16q4kv4")), set(), False),
+    "wfp8a16": (everywhere(scheme("wfp8a16")), {(FLOAT, "channel")}, False),
+    "wfp8a16g32": (everywhere(scheme("wfp8a16g32")), {(FLOAT, "group")}, False),
+    "wfp8afp8": (everywhere(scheme("wfp8afp8")), {(FLOAT, "channel")}, False),
+    "wfp8afp8 static": (everywhere(scheme("wfp8afp8", static=True)), {(FLOAT, "channel")}, False),
+    "w4afp8 symmetric": (
+        everywhere(scheme("w4afp8", symmetric=True)),
+        {(PACKED, "channel")},
+        False,
+    ),
+    "wfp8a8": (everywhere(scheme("wfp8a8")), {(FLOAT, "channel")}, False),
+    "w4a16 and w8a8": (
+        by_kind(scheme("w4a16"), scheme("w8a8")),
+        {(PACKED, "block"), (ONE_BYTE, "channel")},
+        False,
+    ),
+    "w4a16 and w3a16g32": (
+        by_kind(scheme("w4a16"), scheme("w3a16g32")),
+        {(PACKED, "block")},
+        False,
+    ),
+    "w4a16 and w16a16": (by_kind(scheme("w4a16"), Scheme()), {(PACKED, "channel")}, True),
+    "w4a4q4kv4 and w8a8q8kv8": (
+        by_depth(scheme("w4a4q4kv4"), scheme("w8a8q8kv8")),
+        {(PACKED, "block"), (ONE_BYTE, "channel")},
+        False,
+    ),
+    "w4a16g32 and symmetric": (
+        by_depth(scheme("w4a16g32"), scheme("w4a16g32", symmetric=True)),
+        {(PACKED, "block"), (PACKED, "group")},
+        False,
+    ),
+}
+
+
+def assert_exact(quantized: Quantized, out: Path, dtype: torch.dtype) -> Choice:
+    """The artifact loaded in `dtype` computes what the simulation in `dtype` does, and no less."""
+    choice = write(quantized, out, compressed_tensors)
+    loaded = logits(load(out, dtype=dtype))
+    assert torch.equal(loaded, logits(simulate(quantized, choice, dtype)))
+    plain = AutoModelForCausalLM.from_pretrained(quantized.checkpoint, dtype=dtype)
+    assert (loaded - logits(plain)).abs().max() > 0.02
+    if quantizes_at_run_time(quantized.layout):
+        weights_only = simulate(without_activations(quantized), choice, dtype)
+        assert (loaded - logits(weights_only)).abs().max() > 0.02
+    return choice
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "opt"])
+@pytest.mark.parametrize("case", CASES)
+def test_loads_exactly(
+    case: str, family: str, dtype: torch.dtype, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    scheme_of, formats, dequantize = CASES[case]
+    choice = assert_exact(
+        quantize(checkpoint(family, dtype), scheme_of), tmp_path / "artifact", dtype
+    )
+    assert {(form.name, form.strategy) for form in choice.formats.values()} == formats
+    assert choice.dequantize == dequantize
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen3", "gemma", "opt-350m"])
+@pytest.mark.parametrize("case", ["w4a16g32", "w4a4q4kv4", "w4a16kv4"])
+def test_other_families(case: str, family: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    quantized = quantize(checkpoint(family, FLOAT32), CASES[case][0])
+    assert_exact(quantized, tmp_path / "artifact", FLOAT32)
+
+
+@pytest.mark.parametrize("case", ["w4a16g32", "w4a4q4kv4", "w8a8 static", "wfp8afp8"])
+def test_bfloat16_checkpoint_in_float32(case: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    quantized = quantize(checkpoint("llama", BFLOAT16), CASES[case][0])
+    assert_exact(quantized, tmp_path / "artifact", FLOAT32)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_generates_with_a_cache(family: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    quantized = quantize(checkpoint(family, FLOAT32), everywhere(scheme("w4a4q4kv4")))
+    choice = write(quantized, tmp_path / "artifact", compressed_tensors)
+    prompt = torch.arange(10).reshape(1, 10)
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(
+        load(tmp_path / "artifact").generate(prompt, **options),
+        simulate(quantized, choice, FLOAT32).generate(prompt, **options),
+    )
+
+
+def test_flattened_inputs_matter(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """OPT's fc1 and fc2 are given [tokens, features], which a `token` would take for one token."""
+    quantized = quantize(checkpoint("opt", FLOAT32), everywhere(scheme("w4a4")))
+    choice = write(quantized, tmp_path / "artifact", compressed_tensors)
+    expected = logits(simulate(quantized, choice, FLOAT32))
+    config_file = tmp_path / "artifact" / "config.json"
+    text = config_file.read_text()
+    for group in json.loads(text)["quantization_config"]["config_groups"].values():
+        flat = any("fc" in target for target in group["targets"])
+        assert (group["input_activations"]["strategy"] == "group") == flat
+    config = json.loads(text)
+    for group in config["quantization_config"]["config_groups"].values():
+        group["input_activations"] |= {"strategy": "token", "group_size": None}
+    config_file.write_text(json.dumps(config))
+    assert not torch.equal(logits(load(tmp_path / "artifact")), expected)
+
+
+SUBPROCESS = """
+import sys, torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+torch.set_num_threads(int(sys.argv[1]))
+tokens = torch.arange(2 * 24).reshape(2, 24).mul(37).remainder(96)
+for directory in sys.argv[2:]:
+    model = AutoModelForCausalLM.from_pretrained(directory).eval()
+    with torch.no_grad():
+        save_file({"logits": model(tokens).logits}, directory + "/logits.safetensors")
+assert not any(name.split(".")[0] == "bitfold" for name in sys.modules)
+"""
+
+
+def test_without_bitfold(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """In a process that cannot even import bitfold."""
+    wanted: dict[Path, Tensor] = {}
+    for family, case, dtype in [
+        ("llama", "w4a16g32", BFLOAT16),
+        ("llama", "w4a4q4kv4", FLOAT32),
+        ("qwen2", "w8a8 static", FLOAT32),
+        ("opt", "w4a4q4kv4", BFLOAT16),
+        ("opt", "w3a16g32 symmetric", FLOAT32),
+    ]:
+        quantized = quantize(checkpoint(family, dtype), CASES[case][0])
+        out = tmp_path / f"{family} {case}"
+        wanted[out] = logits(simulate(quantized, write(quantized, out, compressed_tensors), dtype))
+    subprocess.run(
+        [sys.executable, "-c", SUBPROCESS, str(torch.get_num_threads()), *map(str, wanted)],
+        check=True,
+        cwd=tmp_path,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+    )
+    for out, expected in wanted.items():
+        assert torch.equal(load_file(out / "logits.safetensors")["logits"], expected), out
+
+
+TOKEN4 = TensorScheme(bits=4, symmetric=False, granularity="token")
+TOKEN8 = TensorScheme(bits=8, symmetric=False, granularity="token")
+REFUSED = {
+    "nf4": (everywhere(scheme("wnf4a16")), "nf4"),
+    "q4kv8": (everywhere(scheme("w4a4q4kv8")), "one scheme for queries, keys and values"),
+    "k4v8": (everywhere(Scheme(key=TOKEN4, value=TOKEN8)), "one scheme for keys and values"),
+    "keys only": (everywhere(Scheme(key=TOKEN4)), "one scheme for keys and values"),
+    "queries only": (everywhere(Scheme(query=TOKEN4)), "queries, keys and values"),
+    "queries in one layer": (by_depth(scheme("w4a4q4kv4"), scheme("w4a4kv4")), "every layer"),
+    "kv per layer": (by_depth(scheme("w4a16kv4"), scheme("w4a16kv8")), "all layers"),
+    "kv in one layer": (by_depth(scheme("w4a16kv4"), scheme("w4a16")), "all layers"),
+    "kv per tensor": (
+        everywhere(Scheme(key=PER_TENSOR, value=PER_TENSOR)),
+        "keys and values per token",
+    ),
+    "narrow activation": (
+        everywhere(
+            Scheme(activation=TensorScheme(bits=8, narrow=True, granularity="token")),
+        ),
+        "narrow",
+    ),
+    "activation per channel": (everywhere(Scheme(activation=TensorScheme(bits=8))), "per channel"),
+    "static per group": (
+        everywhere(
+            Scheme(
+                activation=TensorScheme(granularity="group", group_size=32, static=True),
+            )
+        ),
+        "one scale per tensor",
+    ),
+}
+
+
+def tiny_layout(scheme_of: SchemeOf, in_features: int = 64) -> Layout:
+    linears, attention = {}, {}
+    for layer in range(3):
+        block = f"model.layers.{layer}"
+        for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"):
+            linears[f"{block}.{name}"] = LayerEntry(scheme_of(f"{block}.{name}"), in_features)
+        attention[f"{block}.self_attn"] = AttentionEntry(
+            scheme_of(f"{block}.self_attn"), 16, "LlamaAttention"
+        )
+    return Layout(linears, attention, ("lm_head",))
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refuses_what_it_cannot_say(case: str) -> None:
+    scheme_of, words = REFUSED[case]
+    answer = compressed_tensors.choose(tiny_layout(scheme_of))
+    assert isinstance(answer, Refusal)
+    assert words in answer.reason
+
+
+def config_of(layout: Layout) -> dict:
+    choice = compressed_tensors.choose(layout)
+    assert isinstance(choice, Choice)
+    return compressed_tensors.config(layout, choice)
+
+
+def targets_of(config: dict) -> list[list[str]]:
+    return [group["targets"] for group in config["config_groups"].values()]
+
+
+def test_targets() -> None:
+    w4, w8 = scheme("w4a16"), scheme("w8a8")
+    uniform = config_of(tiny_layout(everywhere(w4)))
+    assert targets_of(uniform) == [["Linear"]]
+    assert uniform["ignore"] == ["lm_head"]
+    assert uniform["format"] == PACKED
+    mixed = config_of(tiny_layout(by_kind(w4, w8)))
+    assert targets_of(mixed) == [
+        [
+            r"re:model\.layers\.[0-9]+\.self_attn\.q_proj$",
+            r"re:model\.layers\.[0-9]+\.self_attn\.o_proj$",
+        ],
+        [r"re:model\.layers\.[0-9]+\.mlp\.down_proj$"],
+    ]
+    assert mixed["format"] == "mixed-precision"
+    odd = config_of(tiny_layout(lambda name: w8 if name == "model.layers.1.mlp.down_proj" else w4))
+    assert targets_of(odd)[1] == ["model.layers.1.mlp.down_proj"]
+    assert "model.layers.2.mlp.down_proj" in targets_of(odd)[0]
+
+
+def test_attention_targets() -> None:
+    kv = config_of(tiny_layout(everywhere(scheme("w4a16kv4"))))
+    assert kv["kv_cache_scheme"]["group_size"] == 16
+    assert targets_of(kv) == [["Linear"]]
+    qkv = config_of(tiny_layout(everywhere(scheme("w4a4q4kv4"))))
+    assert qkv["kv_cache_scheme"] is None
+    assert targets_of(qkv) == [["Linear"], ["LlamaAttention"]]
+    per_layer = config_of(tiny_layout(by_depth(scheme("w4a4q4kv4"), scheme("w4a4q8kv8"))))
+    assert targets_of(per_layer)[1:] == [
+        ["model.layers.0.self_attn"],
+        ["model.layers.1.self_attn", "model.layers.2.self_attn"],
+    ]
+
+
+def test_extra_config() -> None:
+    opt, llama = {"num_attention_heads": 12}, {"num_attention_heads": 4, "num_key_value_heads": 2}
+    quantizing = tiny_layout(everywhere(scheme("w4a16kv4")))
+    assert compressed_tensors.extra_config(quantizing, opt) == {"num_key_value_heads": 12}
+    assert compressed_tensors.extra_config(quantizing, llama) == {}
+    assert compressed_tensors.extra_config(tiny_layout(everywhere(scheme("w4a8"))), opt) == {}
+
+
+@st.composite
+def weights(draw: st.DrawFn) -> tuple[QuantizedTensor, bool]:
+    """A random weight, and whether its activations are quantized too."""
+    granularity = draw(st.sampled_from(["tensor", "channel", "group"]))
+    size = draw(st.sampled_from([2, 3, 8, 32]))
+    rows, columns = draw(st.integers(1, 70)), size * draw(st.integers(1, 6))
+    grid = draw(st.sampled_from(["int", "int", "int", "fp8_e4m3"]))
+    bits = draw(st.integers(2, 8)) if grid == "int" else 8
+    scheme = TensorScheme(
+        grid=grid,
+        bits=bits,
+        symmetric=grid != "int" or draw(st.booleans()),
+        granularity=granularity,
+        group_size=size if granularity == "group" else None,
+    )
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
+    codes = torch.randint(scheme.qmin, scheme.qmax + 1, (rows, columns), generator=generator)
+    shape = {"tensor": (1, 1), "channel": (rows, 1), "group": (rows, columns // size)}[granularity]
+    zero = torch.randint(scheme.qmin, scheme.qmax + 1, shape, generator=generator)
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    return QuantizedTensor(
+        codes.to(torch.int8) if grid == "int" else codes.to(torch.float8_e4m3fn),
+        torch.rand(shape, generator=generator).to(dtype),
+        None if scheme.symmetric else zero.to(torch.int8),
+        scheme,
+    ), draw(st.booleans())
+
+
+@settings(max_examples=150, deadline=None)
+@given(weights())
+def test_tensors_come_back(drawn: tuple[QuantizedTensor, bool]) -> None:
+    tensor, with_activation = drawn
+    scheme = Scheme(weight=tensor.scheme, activation=TOKEN8 if with_activation else None)
+    choice = compressed_tensors.choose(Layout({"layer": LayerEntry(scheme, tensor.shape[1])}))
+    assert isinstance(choice, Choice)
+    form = choice.formats["layer"]
+    tensors = compressed_tensors.to_tensors("layer", tensor, form)
+    assert all(value.is_contiguous() for value in tensors.values())
+    back = compressed_tensors.from_tensors("layer", tensors, tensor.scheme, form)
+    assert back.codes.dtype == tensor.codes.dtype
+    assert torch.equal(back.codes.float(), tensor.codes.float())
+    assert back.scale.dtype == tensor.scale.dtype
+    assert torch.equal(back.scale, tensor.scale)
+    assert (back.zero is None) == (tensor.zero is None)
+    if tensor.zero is not None:
+        assert back.zero.dtype == torch.int8
+        assert torch.equal(back.zero, tensor.zero)

@@ -1,0 +1,257 @@
+"""Tiny random models, rounded to nearest, written by an export format, and simulated without it."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from bitfold.export.layout import (
+    AttentionEntry,
+    Choice,
+    LayerEntry,
+    Layout,
+    Refusal,
+    input_tensors,
+    loaded_weight,
+)
+from bitfold.numerics import QuantizedTensor, Scheme, TensorScheme, scale_and_zero, to_groups
+from bitfold.runtime.activation import quantize_input
+from bitfold.runtime.attention import ATTENTION, HeadQuantizers, set_head_quantizers
+
+__all__ = [
+    "CONFIGS",
+    "TOKENS",
+    "Quantized",
+    "SchemeOf",
+    "build",
+    "everywhere",
+    "load",
+    "logits",
+    "quantize",
+    "quantizes_at_run_time",
+    "scheme",
+    "simulate",
+    "without_activations",
+    "write",
+]
+
+SchemeOf = Callable[[str], Scheme]
+"""The scheme of a linear layer or an attention module, given its name."""
+
+TOKENS = torch.arange(2 * 24).reshape(2, 24).mul(37).remainder(96)
+
+_SIZES: dict[str, Any] = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2}
+_LLAMA = _SIZES | {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96}
+_OPT = _SIZES | {
+    "num_attention_heads": 4,
+    "ffn_dim": 96,
+    "max_position_embeddings": 64,
+    "dropout": 0.0,
+}
+CONFIGS: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**_LLAMA),
+    "mistral": MistralConfig(**_LLAMA, sliding_window=8),
+    "qwen2": Qwen2Config(**_LLAMA, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**_LLAMA, head_dim=32),
+    "gemma": GemmaConfig(**_LLAMA, head_dim=32),
+    "opt": OPTConfig(**_OPT, word_embed_proj_dim=64),
+    "opt-350m": OPTConfig(**_OPT, word_embed_proj_dim=32, do_layer_norm_before=False),
+}
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A checkpoint, its layout with calibrated static activations, and its rounded weights."""
+
+    checkpoint: Path
+    layout: Layout
+    weights: Mapping[str, QuantizedTensor]
+
+
+def build(family: str, dtype: torch.dtype, directory: Path) -> Path:
+    """A random checkpoint whose logits are far from uniform, and norms and biases from trivial."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[family])
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.data = torch.randn_like(parameter) * 0.15
+        else:
+            parameter.data += torch.randn_like(parameter) * 0.3
+    model.to(dtype).save_pretrained(directory)
+    return directory
+
+
+def scheme(
+    notation: str, *, symmetric: bool = False, static: bool = False, **weight: Any
+) -> Scheme:
+    """`Scheme.parse`, with symmetric weights, static activations, or other fields of the weight."""
+    parsed = Scheme.parse(notation)
+    changes: dict[str, Any] = {}
+    if parsed.weight is not None:
+        changes["weight"] = parsed.weight.model_copy(
+            update=({"symmetric": True} if symmetric else {}) | weight
+        )
+    if static and parsed.activation is not None:
+        changes["activation"] = TensorScheme.model_validate(
+            parsed.activation.model_dump() | {"granularity": "tensor", "static": True}
+        )
+    return parsed.model_copy(update=changes)
+
+
+def everywhere(uniform: Scheme) -> SchemeOf:
+    """One scheme in every block."""
+    return lambda name: uniform
+
+
+def quantize(checkpoint: Path, scheme_of: SchemeOf) -> Quantized:
+    """Round a checkpoint to nearest, scales in its own dtype."""
+    plain = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto").eval()
+    layout = _calibrate(plain, _layout_of(plain, scheme_of))
+    weights = {
+        name: _round(plain.get_submodule(name).weight.detach(), entry.scheme.weight)
+        for name, entry in layout.linears.items()
+        if entry.scheme.weight is not None
+    }
+    return Quantized(checkpoint, layout, weights)
+
+
+def _layout_of(model: PreTrainedModel, scheme_of: SchemeOf) -> Layout:
+    linears, attention, unquantized = {}, {}, []
+    for name, module in model.named_modules():
+        if name.endswith("self_attn"):
+            attention[name] = AttentionEntry(
+                scheme_of(name), module.head_dim, type(module).__name__
+            )
+        if isinstance(module, nn.Linear):
+            wanted = scheme_of(name) if ".layers." in name else Scheme()
+            if wanted.weight is None and wanted.activation is None:
+                unquantized.append(name)
+            else:
+                linears[name] = LayerEntry(wanted, module.in_features)
+    flattened = ("fc1", "fc2") if model.config.model_type == "opt" else ()
+    return Layout(linears, attention, unquantized, flattened)
+
+
+def _round(weight: Tensor, scheme: TensorScheme) -> QuantizedTensor:
+    low, high = torch.aminmax(to_groups(weight.float(), scheme), dim=-1, keepdim=True)
+    return QuantizedTensor.from_limits(weight.float(), low, high, scheme, weight.dtype)
+
+
+def _calibrate(model: PreTrainedModel, layout: Layout) -> Layout:
+    """Static activations get three quarters of the range that the plain model shows them."""
+    inputs: dict[str, Tensor] = {}
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, name=name: inputs.update({name: args[0]})
+        )
+        for name in layout.linears
+    ]
+    logits(model)
+    for hook in hooks:
+        hook.remove()
+    linears = {n: _with_range(entry, inputs[n]) for n, entry in layout.linears.items()}
+    return replace(layout, linears=linears)
+
+
+def _with_range(entry: LayerEntry, x: Tensor) -> LayerEntry:
+    scheme = entry.scheme.activation
+    if scheme is None or not scheme.static:
+        return entry
+    low, high = (0.75 * limit.reshape(1) for limit in x.float().aminmax())
+    scale, zero = scale_and_zero(low, high, scheme, scale_dtype=x.dtype)
+    return replace(
+        entry,
+        input_scale=scale.to(x.dtype),
+        input_zero=None if zero is None else zero.to(torch.int8),
+    )
+
+
+def write(quantized: Quantized, out: Path, export: ModuleType) -> Choice:
+    """The artifact: the checkpoint's other tensors, the export format's, and its config."""
+    layout = quantized.layout
+    choice = export.choose(layout)
+    assert not isinstance(choice, Refusal), choice
+    tensors = load_file(quantized.checkpoint / "model.safetensors")
+    for name, entry in layout.linears.items():
+        tensors |= input_tensors(name, entry)
+        if name in quantized.weights:
+            del tensors[f"{name}.weight"]
+            tensors |= export.to_tensors(name, quantized.weights[name], choice.formats[name])
+    out.mkdir(parents=True)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((quantized.checkpoint / "config.json").read_text())
+    settings |= export.extra_config(layout, settings)
+    settings["quantization_config"] = export.config(layout, choice)
+    (out / "config.json").write_text(json.dumps(settings, indent=2))
+    return choice
+
+
+def simulate(quantized: Quantized, choice: Choice, dtype: torch.dtype) -> PreTrainedModel:
+    """The plain model with dequantized weights, hooks before its layers and quantized attention."""
+    model = AutoModelForCausalLM.from_pretrained(
+        quantized.checkpoint, attn_implementation=ATTENTION, dtype=dtype
+    ).eval()
+    for name, tensor in quantized.weights.items():
+        model.get_submodule(name).weight.data = loaded_weight(tensor, choice, dtype)
+    for name, entry in quantized.layout.linears.items():
+        if entry.scheme.activation is not None:
+            model.get_submodule(name).register_forward_pre_hook(_input_hook(entry))
+    for name, attention in quantized.layout.attention.items():
+        set_head_quantizers(model.get_submodule(name), HeadQuantizers.of(attention.scheme))
+    return model
+
+
+def _input_hook(entry: LayerEntry) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor]]:
+    scheme = entry.scheme.activation
+    assert scheme is not None
+    return lambda _, args: (quantize_input(args[0], scheme, entry.input_scale, entry.input_zero),)
+
+
+def quantizes_at_run_time(layout: Layout) -> bool:
+    """Whether any input, query, key or value is quantized."""
+    return any(entry.scheme.activation is not None for entry in layout.linears.values()) or any(
+        entry.scheme.quantizes_attention for entry in layout.attention.values()
+    )
+
+
+def without_activations(quantized: Quantized) -> Quantized:
+    """The same weights, with nothing quantized at run time."""
+    layout = quantized.layout
+    linears = {
+        name: replace(entry, scheme=Scheme(weight=entry.scheme.weight))
+        for name, entry in layout.linears.items()
+    }
+    attention = {n: replace(entry, scheme=Scheme()) for n, entry in layout.attention.items()}
+    return replace(quantized, layout=replace(layout, linears=linears, attention=attention))
+
+
+def load(directory: Path, **options: Any) -> PreTrainedModel:
+    """As a user would; every tensor must find its place."""
+    model, report = AutoModelForCausalLM.from_pretrained(
+        directory, output_loading_info=True, **options
+    )
+    assert not any(report.values()), report
+    return model.eval()
+
+
+def logits(model: PreTrainedModel) -> Tensor:
+    """[2, 24, vocabulary]"""
+    with torch.no_grad():
+        return model(TOKENS).logits
