@@ -1,13 +1,14 @@
 """Tiny random models, rounded to nearest, written by an export format, and simulated without it."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -32,15 +33,20 @@ from bitfold.export.layout import (
     loaded_weight,
 )
 from bitfold.numerics import QuantizedTensor, Scheme, TensorScheme, scale_and_zero, to_groups
+from bitfold.numerics.scheme import GridName
 from bitfold.runtime.activation import quantize_input
 from bitfold.runtime.attention import ATTENTION, HeadQuantizers, set_head_quantizers
 
 __all__ = [
     "CONFIGS",
     "TOKENS",
+    "Checkpoint",
     "Quantized",
     "SchemeOf",
+    "assert_same_tensor",
     "build",
+    "by_depth",
+    "by_kind",
     "everywhere",
     "load",
     "logits",
@@ -48,12 +54,17 @@ __all__ = [
     "quantizes_at_run_time",
     "scheme",
     "simulate",
+    "tiny_layout",
+    "weights",
     "without_activations",
     "write",
 ]
 
 SchemeOf = Callable[[str], Scheme]
 """The scheme of a linear layer or an attention module, given its name."""
+
+Checkpoint = Callable[[str, torch.dtype], Path]
+"""The directory of a tiny random checkpoint, given a key of CONFIGS and a dtype."""
 
 TOKENS = torch.arange(2 * 24).reshape(2, 24).mul(37).remainder(96)
 
@@ -118,6 +129,29 @@ def scheme(
 def everywhere(uniform: Scheme) -> SchemeOf:
     """One scheme in every block."""
     return lambda name: uniform
+
+
+def by_kind(attention: Scheme, others: Scheme) -> SchemeOf:
+    """One scheme for attention, another for the rest of the block."""
+    return lambda name: attention if "self_attn" in name else others
+
+
+def by_depth(first: Scheme, others: Scheme) -> SchemeOf:
+    """One scheme for the first block, another for the others."""
+    return lambda name: first if ".0." in name else others
+
+
+def tiny_layout(scheme_of: SchemeOf) -> Layout:
+    """Three blocks of two attention projections and one other layer, without a model."""
+    linears, attention = {}, {}
+    for layer in range(3):
+        block = f"model.layers.{layer}"
+        for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"):
+            linears[f"{block}.{name}"] = LayerEntry(scheme_of(f"{block}.{name}"), 64)
+        attention[f"{block}.self_attn"] = AttentionEntry(
+            scheme_of(f"{block}.self_attn"), 16, "LlamaAttention"
+        )
+    return Layout(linears, attention, ("lm_head",))
 
 
 def quantize(checkpoint: Path, scheme_of: SchemeOf) -> Quantized:
@@ -255,3 +289,53 @@ def logits(model: PreTrainedModel) -> Tensor:
     """[2, 24, vocabulary]"""
     with torch.no_grad():
         return model(TOKENS).logits
+
+
+@st.composite
+def weights(draw: st.DrawFn, grids: Sequence[GridName]) -> QuantizedTensor:
+    """Random codes, scales and zero-points of a random scheme."""
+    granularity = draw(st.sampled_from(["tensor", "channel", "group"]))
+    size = draw(st.sampled_from([2, 3, 8, 32]))
+    rows, columns = draw(st.integers(1, 70)), size * draw(st.integers(1, 6))
+    grid = draw(st.sampled_from(grids))
+    scheme = TensorScheme(
+        grid=grid,
+        bits={"int": draw(st.integers(2, 8)), "fp8_e4m3": 8, "nf4": 4}[grid],
+        symmetric=grid != "int" or draw(st.booleans()),
+        granularity=granularity,
+        group_size=size if granularity == "group" else None,
+    )
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
+
+    def random(shape: tuple[int, ...]) -> Tensor:
+        codes = torch.randint(scheme.qmin, scheme.qmax + 1, shape, generator=generator)
+        return codes.to(torch.int8)
+
+    codes = {
+        "int": lambda: random((rows, columns)),
+        "fp8_e4m3": lambda: random((rows, columns)).view(torch.float8_e4m3fn),
+        "nf4": lambda: (random((rows, columns)) + 8).to(torch.uint8),
+    }[grid]()
+    shape = {"tensor": (1, 1), "channel": (rows, 1), "group": (rows, columns // size)}[granularity]
+    scale = torch.rand(shape, generator=generator)
+    return QuantizedTensor(
+        codes,
+        scale.to(draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))),
+        None if scheme.symmetric else random(shape),
+        scheme,
+    )
+
+
+def assert_same_tensor(left: QuantizedTensor, right: QuantizedTensor) -> None:
+    """Same values in the same dtypes, to the bit."""
+    assert left.scheme == right.scheme
+    for name in ("codes", "scale", "zero"):
+        a, b = getattr(left, name), getattr(right, name)
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert (a.dtype, a.shape) == (b.dtype, b.shape)
+            assert torch.equal(_bytes(a), _bytes(b))
+
+
+def _bytes(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.uint8)

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -20,7 +19,7 @@ from bitfold.models import Family, family_of
 from bitfold.models.checkpoint import Checkpoint
 from bitfold.runtime.attention import ATTENTION
 
-__all__ = ["Skeleton", "quiet_transformers"]
+__all__ = ["Skeleton", "read_config"]
 
 # Buffers and duplicates that old checkpoints carry and no model needs.
 _IGNORED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
@@ -40,7 +39,7 @@ class Skeleton:
         CheckpointError where config and weights contradict each other.
         """
         self.checkpoint = checkpoint
-        self.config = _config(checkpoint)
+        self.config = _original_config(checkpoint)
         self.family: Family = family_of(self.config.model_type)
         self.device = torch.device(device)
         try:
@@ -236,31 +235,27 @@ class _PassOn(nn.Module):
         return self._detour.passing(hidden, arguments)
 
 
-def _config(checkpoint: Checkpoint) -> PretrainedConfig:
-    model_type = checkpoint.config.get("model_type")
-    if not isinstance(model_type, str):
-        raise CheckpointError(f"{checkpoint.path / 'config.json'} names no model_type.")
-    family_of(model_type)
+def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
+    """The checkpoint's config as transformers reads it.
+
+    Raises CheckpointError where it cannot be read.
+    """
+    file = checkpoint.path / "config.json"
+    if not isinstance(checkpoint.config.get("model_type"), str):
+        raise CheckpointError(f"{file} names no model_type.")
+    try:
+        return AutoConfig.from_pretrained(checkpoint.path)
+    except Exception as error:
+        # transformers and huggingface_hub raise a dozen classes here, all about this file.
+        raise CheckpointError(f"{file} is not a valid config ({' '.join(str(error).split())}).") from error
+
+
+def _original_config(checkpoint: Checkpoint) -> PretrainedConfig:
+    """The config of a checkpoint that can be quantized: of a known family, and not quantized yet."""
+    family_of(str(checkpoint.config.get("model_type")))
     if "quantization_config" in checkpoint.config:
         method = checkpoint.config["quantization_config"].get("quant_method", "?")
         raise CheckpointError(
             f"{checkpoint.path} is quantized already ({method}): give the original checkpoint."
         )
-    try:
-        config = AutoConfig.from_pretrained(checkpoint.path)
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        raise CheckpointError(f"{checkpoint.path / 'config.json'} cannot be read ({error}).") from error
-    except Exception as error:
-        # transformers validates configs with exception classes of huggingface_hub's own
-        if type(error).__module__.startswith(("huggingface_hub", "transformers")):
-            raise CheckpointError(
-                f"{checkpoint.path / 'config.json'} is not a valid config ({error})."
-            ) from error
-        raise
-    return config
-
-
-def quiet_transformers() -> None:
-    """Keep transformers from talking into bitfold's own output."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    return read_config(checkpoint)

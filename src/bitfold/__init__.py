@@ -1,0 +1,34 @@
+"""bitfold makes language models small enough for the machine in front of you.
+
+    import bitfold
+    bitfold.quantize("path/to/model", "path/to/artifact", method="awq", scheme="w4a16g128")
+    bitfold.evaluate("path/to/artifact", "text.txt", against="path/to/model")
+
+Importing bitfold also teaches transformers to load artifacts in bitfold's own format.
+"""
+
+from bitfold.errors import BitfoldError
+from bitfold.evaluate import evaluate, generate
+from bitfold.numerics import QuantizedTensor, Scheme
+from bitfold.pipeline.quantize import Quantization, quantize
+from bitfold.pipeline.verify import verify
+from bitfold.recipe import Recipe
+from bitfold.runtime import hf_quantizer as _hf_quantizer  # noqa: F401 - registers the format
+from bitfold.runtime.load import load, load_tokenizer
+from bitfold.version import VERSION as __version__
+
+__all__ = [
+    "BitfoldError",
+    "Quantization",
+    "QuantizedTensor",
+    "Recipe",
+    "Scheme",
+    "__version__",
+    "evaluate",
+    "generate",
+    "load",
+    "load_tokenizer",
+    "quantize",
+    "verify",
+]
+

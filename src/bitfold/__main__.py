@@ -1,0 +1,5 @@
+"""`python -m bitfold` is the command line."""
+
+from bitfold.cli import main
+
+main()

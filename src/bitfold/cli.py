@@ -1,0 +1,354 @@
+"""The command line: parses, calls the library, prints. It adds nothing that Python cannot do."""
+
+import difflib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import TimeRemainingColumn as TimeLeft
+from typer.core import TyperGroup
+
+from bitfold.errors import BitfoldError, DataError
+from bitfold.report import terminal
+
+__all__ = ["app", "main"]
+
+
+class _Commands(TyperGroup):
+    """A misspelt command is answered with the nearest right one."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name = args[0] if args else ""
+        if name and not name.startswith("-") and name not in self.commands:
+            near = difflib.get_close_matches(name, self.commands, n=1, cutoff=0.5)
+            hint = f" Did you mean '{near[0]}'?" if near else f" There are: {', '.join(self.commands)}."
+            raise click.UsageError(f"No such command '{name}'.{hint}")
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Makes language models small enough for the machine in front of you.\n\n"
+    "Start with [bold]bitfold demo[/], then: bitfold quantize MODEL -o OUT",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, nothing else.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A local directory, or a name on the hub.")]
+
+
+@app.command(
+    epilog="Example: bitfold quantize ./llama-3.2-1b -o ./llama-w4 --method awq --scheme w4a16g128"
+)
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Directory of the artifact.")],
+    method: Annotated[
+        str | None, typer.Option(help="A method, or several composed: awq, rtn … (`bitfold recipes`).")
+    ] = None,
+    scheme: Annotated[
+        str | None, typer.Option(help="w<bits>a<bits>[q<bits>][kv<bits>][g<group>]; default w4a16g128.")
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="A recipe file (YAML).")] = None,
+    set: Annotated[
+        list[str] | None, typer.Option(help="key=value, e.g. weight.symmetric=true, awq.steps=40.")
+    ] = None,
+    calibration: Annotated[
+        list[Path] | None, typer.Option(help=".txt, .jsonl or .npy; default: an embedded text.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Tokens of a window; default: the model's, at most 2048.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything drawn; default 0.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Pattern of layers left alone, e.g. '*.down_proj'.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact at OUT.")] = False,
+    no_resume: Annotated[bool, typer.Option("--no-resume", help="Start a killed run afresh.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done, and what it would take.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Quantize a checkpoint: MODEL and a recipe in, an artifact that transformers and vLLM load out."""
+    from bitfold.pipeline.estimate import Estimate
+    from bitfold.pipeline.quantize import quantize as run
+
+    with _progress("quantizing") as progress:
+        result = run(
+            model,
+            out,
+            method=method,
+            scheme=scheme,
+            recipe=recipe,
+            set=set or (),
+            calibration=calibration or (),
+            samples=samples,
+            sequence_length=sequence_length,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            ignore=ignore or (),
+            overwrite=overwrite,
+            resume=not no_resume,
+            dry_run=dry_run,
+            progress=progress,
+        )
+    if json:
+        terminal.print_json(result.to_json())
+    elif isinstance(result, Estimate):
+        _print_estimate(result, out)
+    else:
+        _print_quantization(result)
+
+
+@app.command(epilog="Example: bitfold eval ./llama-w4 --text wiki.test.txt --against ./llama-3.2-1b")
+def eval(
+    model: Model,
+    text: Annotated[list[str], typer.Option(metavar="[NAME=]FILE", help="Evaluation text; may be repeated.")],
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Tokens of a window; default: the model's, at most 2048.")
+    ] = None,
+    against: Annotated[str | None, typer.Option(help="The original: adds KL and top-1 agreement.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: Json = False,
+) -> None:
+    """Perplexity of a model on a text, and its distance to the original."""
+    from bitfold.evaluate.perplexity import evaluate
+
+    texts = _named_files(text)
+    with _progress("evaluating") as progress:
+        result = evaluate(
+            model,
+            texts,
+            sequence_length=sequence_length,
+            against=against,
+            device=device,
+            dtype=dtype,
+            progress=lambda done, total: progress(done, total, "window"),
+        )
+    if json:
+        terminal.print_json(result.to_json())
+    else:
+        figures = {name: row.to_json() for name, row in result.texts.items()}
+        terminal.console().print(terminal.evaluation_table(figures))
+
+
+@app.command(epilog="Example: bitfold verify ./llama-w4")
+def verify(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="An artifact of bitfold.")],
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Load an artifact the way a user would, and compare it with the simulation recorded at quantization."""
+    from bitfold.pipeline.verify import verify as run
+
+    with terminal.console(stderr=True).status("verifying") as status:
+        result = run(out, device=device, progress=lambda what: status.update(what))
+    if json:
+        terminal.print_json(result.to_json())
+    else:
+        terminal.console().print(
+            f"[green]verified[/]: {result.tensors} tensors are what was written; logits of {result.positions} "
+            f"tokens differ from the simulation by at most {result.difference:.1e} of their spread "
+            f"({result.dtype}, up to {result.tolerance:g} is rounding)"
+        )
+
+
+@app.command(epilog="Example: bitfold inspect ./llama-w4")
+def inspect(model: Model, json: Json = False) -> None:
+    """What a model is: family, blocks, sites, sizes, schemes, recipe, provenance."""
+    from bitfold.report.describe import describe
+
+    content = describe(model)
+    if json:
+        terminal.print_json(content)
+        return
+    console = terminal.console()
+    for one in terminal.description_tables(content):
+        console.print(one)
+    if "recipe" in content:
+        console.print(f"\n[bold]recipe.yaml[/]\n{escape(content['recipe'])}")
+
+
+@app.command(epilog="Example: bitfold recipes awq")
+def recipes(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A method; all of them without.")] = None,
+    json: Json = False,
+) -> None:
+    """The methods there are, or one of them in full."""
+    import yaml
+
+    from bitfold.recipe import Recipe, method_names, method_text
+
+    if name is not None:
+        full = Recipe.make(name)
+        if json:
+            terminal.print_json({"name": name} | full.model_dump(mode="json"))
+        else:
+            terminal.console().print(
+                escape(f"{method_text(name)}\n# in full, with every default:\n{full.to_yaml()}")
+                if "+" not in name
+                else escape(full.to_yaml())
+            )
+        return
+    methods = {method: yaml.safe_load(method_text(method)) for method in method_names()}
+    if json:
+        terminal.print_json(methods)
+        return
+    rows = [[method, content["summary"], content["paper"]] for method, content in methods.items()]
+    terminal.console().print(terminal.table(["method", "what it does", "paper"], rows))
+    terminal.console().print("Compose with +, e.g. --method smoothquant+awq; see one: bitfold recipes awq")
+
+
+@app.command(epilog='Example: bitfold generate ./llama-w4 --prompt "Once upon a time" --max-new-tokens 40')
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many new tokens.")] = 64,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: Json = False,
+) -> None:
+    """Continue a prompt greedily, and say how fast."""
+    from bitfold.evaluate.generation import generate as run
+
+    result = run(model, prompt, max_new_tokens=max_new_tokens, device=device, dtype=dtype)
+    if json:
+        terminal.print_json(result.to_json())
+        return
+    console = terminal.console()
+    console.print(f"[dim]{escape(prompt)}[/]{escape(result.text)}")
+    speed = result.decode_tokens_per_second
+    console.print(
+        f"[dim]{result.prompt_tokens} prompt tokens in {result.prefill_seconds:.2f} s, {result.new_tokens} new ones"
+        f"{f' at {speed:.1f} a second' if speed else ''}, peak memory {result.peak_rss_mb:.0f} MB[/]"
+    )
+
+
+@app.command(epilog="Example: bitfold demo")
+def demo(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Directory for the demo's artifacts.")] = Path(
+        "out/demo"
+    ),
+    json: Json = False,
+) -> None:
+    """Quantize the embedded model, measure it before and after, and let each write a sentence."""
+    from bitfold.report.demo import print_demo, run_demo
+
+    with _progress("demo") as progress:
+        rows = run_demo(out, progress)
+    if json:
+        terminal.print_json({"rows": rows})
+    else:
+        print_demo(rows)
+
+
+def main() -> None:
+    """Entry point: errors that are the input's or the machine's become one sentence and exit code 1."""
+    wants_json = "--json" in sys.argv
+    try:
+        app(standalone_mode=False)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except KeyboardInterrupt:
+        terminal.console(stderr=True).print("Interrupted: run the same command again and it goes on.")
+        sys.exit(130)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        if wants_json:
+            terminal.print_json({"error": error.format_message(), "kind": type(error).__name__})
+        error.show()
+        sys.exit(error.exit_code)
+    except BitfoldError as error:
+        if wants_json:
+            terminal.print_json({"error": str(error), "kind": type(error).__name__})
+        terminal.console(stderr=True).print(f"[bold red]Error:[/] {escape(str(error))}")
+        sys.exit(1)
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar on stderr with the time left, shown once there is something to count."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeLeft(),
+        console=terminal.console(stderr=True),
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task(what, total=None)
+
+        def update(done: int, total: int, doing: str) -> None:
+            bar.update(task, completed=done, total=total, description=f"{what}: {doing}")
+
+        yield update
+
+
+def _named_files(items: list[str]) -> dict[str, str | Path]:
+    """`[NAME=]FILE` items; the name is the file's stem without one."""
+    named: dict[str, str | Path] = {}
+    for item in items:
+        name, equals, file = item.partition("=")
+        if not equals:
+            name, file = Path(item).stem, item
+        if name in named:
+            raise DataError(f"Two texts are named '{name}': write --text NAME=FILE.")
+        named[name] = Path(file)
+    return named
+
+
+def _print_estimate(result: Any, out: Path) -> None:
+    human = terminal.human_bytes
+    terminal.console().print(
+        f"Would quantize {result.quantized_layers} layers in {result.blocks} blocks to {escape(str(out))} "
+        f"({result.format}):\n"
+        f"  time    about {terminal.human_seconds(result.seconds)} on this machine (measured on the first block)\n"
+        f"  memory  about {result.peak_rss_mb:.0f} MB at the peak\n"
+        f"  disk    {human(result.size_bytes)} for the artifact, {human(result.disk_bytes)} while it grows\n"
+        "Nothing was written."
+    )
+
+
+def _print_quantization(result: Any) -> None:
+    console = terminal.console()
+    if result.finished_before:
+        console.print(f"{escape(str(result.out))} is finished already: nothing was done.")
+    else:
+        console.print(terminal.layer_table(result.layers))
+    smaller = result.original_bytes / result.size_bytes
+    console.print(
+        f"[green]{escape(str(result.out))}[/]: {result.scheme} by {result.method}, {result.bits_per_weight:.3f} bits "
+        f"per weight, {terminal.human_bytes(result.size_bytes)} ({smaller:.1f} times smaller), "
+        f"{terminal.human_seconds(result.seconds)}, peak memory {result.peak_rss_mb:.0f} MB"
+        f"{f', resumed after {result.resumed_blocks} blocks' if result.resumed_blocks else ''}"
+    )
+    console.print(
+        f"KL to the original on {result.probe['tokens']} probe tokens: {result.probe['kl_mean']:.4f} nats "
+        f"(measure your own text: bitfold eval {escape(str(result.out))} --text FILE --against MODEL)"
+    )
+    for note in result.notes:
+        console.print(f"[yellow]note[/] {escape(note)}")
+    console.print("\n[bold]Use it[/]")
+    for line in result.usage:
+        console.print(f"  {escape(line)}")

@@ -1,0 +1,1 @@
+"""What a person looks at: descriptions of models, tables in the terminal."""

@@ -1,0 +1,75 @@
+"""What a model directory is: family, blocks, sites, sizes, and for an artifact its schemes, recipe and provenance."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from bitfold.errors import BitfoldError
+from bitfold.models import family_of
+from bitfold.models.checkpoint import Checkpoint
+from bitfold.models.family import head_counts
+from bitfold.models.skeleton import read_config
+from bitfold.runtime.checkpoint import find_checkpoint
+
+__all__ = ["describe"]
+
+
+def describe(model: str | Path) -> dict[str, Any]:
+    """A model directory, or a name on the hub, as plain data.
+
+    Keys: path, kind (`original`, `bitfold artifact` or `quantized by another tool`), model_type, family (None if
+    bitfold has none), blocks, hidden_size, heads, kv_heads, head_dim, vocabulary, dtype, tensors, size_bytes,
+    sites (kind and modules), and for an artifact format, method, scheme, bits_per_weight, probe, layers, recipe,
+    provenance.
+
+    Raises CheckpointError where the directory cannot be read.
+    """
+    path = find_checkpoint(model)
+    checkpoint = Checkpoint(path)
+    config = read_config(checkpoint)
+    dtypes: dict[str, int] = defaultdict(int)
+    for info in checkpoint.tensors.values():
+        dtypes[str(info.dtype).removeprefix("torch.")] += info.nbytes
+    heads, kv_heads, head_dim = head_counts(config)
+    result: dict[str, Any] = {
+        "path": str(path),
+        "kind": _kind(path, checkpoint),
+        "model_type": config.model_type,
+        "blocks": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "vocabulary": config.vocab_size,
+        "tied_head": bool(config.tie_word_embeddings),
+        "bytes_by_dtype": dict(dtypes),
+        "tensors": len(checkpoint.tensors),
+        "size_bytes": sum(file.stat().st_size for file in path.iterdir() if file.is_file()),
+    }
+    try:
+        family = family_of(config.model_type)
+    except BitfoldError:
+        return result | {"family": None, "sites": []}
+    result["family"] = family.name
+    result["sites"] = [
+        {"kind": type(site).__name__, **{k: v for k, v in vars(site).items() if v is not None}}
+        for site in family.sites(config)
+    ]
+    return result | _artifact(path, checkpoint)
+
+
+def _kind(path: Path, checkpoint: Checkpoint) -> str:
+    if (path / "provenance.json").is_file():
+        return "bitfold artifact"
+    return "quantized by another tool" if "quantization_config" in checkpoint.config else "original"
+
+
+def _artifact(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
+    quantization = checkpoint.config.get("quantization_config")
+    result: dict[str, Any] = {"format": quantization["quant_method"]} if quantization else {}
+    if (path / "report.json").is_file():
+        result |= json.loads((path / "report.json").read_text(encoding="utf-8"))
+        result["provenance"] = json.loads((path / "provenance.json").read_text(encoding="utf-8"))
+        result["recipe"] = (path / "recipe.yaml").read_text(encoding="utf-8")
+    return result

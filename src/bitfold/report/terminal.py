@@ -1,0 +1,158 @@
+"""Tables and lines for the terminal. Everything goes to stderr or through `print_json`, so that --json stays pure."""
+
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+__all__ = [
+    "console",
+    "description_tables",
+    "evaluation_table",
+    "human_bytes",
+    "human_seconds",
+    "layer_table",
+    "print_json",
+    "table",
+]
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console that does not break words in paths."""
+    return Console(stderr=stderr, soft_wrap=True, highlight=False)
+
+
+def print_json(content: Mapping[str, Any]) -> None:
+    """One JSON object on stdout and nothing else."""
+    sys.stdout.write(json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def human_bytes(count: float) -> str:
+    """Bytes for people.
+
+    >>> human_bytes(11547040)
+    '11.5 MB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def human_seconds(seconds: float) -> str:
+    """A duration for people.
+
+    >>> human_seconds(3725)
+    '1 h 2 min'
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
+    """A plain table; every column but the first is right-aligned."""
+    result = Table(title=title, title_justify="left", title_style="bold")
+    for index, column in enumerate(columns):
+        result.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+    for row in rows:
+        result.add_row(*(escape(cell) for cell in row))
+    return result
+
+
+def evaluation_table(figures: Mapping[str, Mapping[str, Any]]) -> Table:
+    """What `evaluate` found, a row per text."""
+    compared = any("kl_mean" in row for row in figures.values())
+    columns = ["text", "perplexity", "±", "tokens", "windows", "length"]
+    columns += ["KL mean", "±", "KL median", "KL p99", "top-1 agreement"] if compared else []
+    rows = []
+    for name, row in figures.items():
+        cells = [
+            name,
+            _number(row["perplexity"], ".3f"),
+            _number(row["perplexity_se"], ".3f"),
+            f"{row['tokens']:,}",
+            str(row["windows"]),
+            str(row["sequence_length"]),
+        ]
+        if compared:
+            cells += [_number(row[key], ".5f") for key in ("kl_mean", "kl_se", "kl_median", "kl_p99")]
+            cells.append(_number(row["top1_agreement"], ".1%"))
+        rows.append(cells)
+    return table(columns, rows)
+
+
+def layer_table(layers: Sequence[Mapping[str, Any]]) -> Table:
+    """The layers by kind of operator: scheme, and the relative error of their outputs."""
+    by_kind: dict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
+    for layer in layers:
+        by_kind[layer["name"].rpartition(".")[2], layer["scheme"]].append(layer)
+    rows = []
+    for (kind, scheme), members in by_kind.items():
+        errors = [member["relative_error"] for member in members]
+        worst = max(members, key=lambda member: member["relative_error"])
+        rows.append(
+            [
+                kind,
+                scheme,
+                str(len(members)),
+                f"{sum(errors) / len(errors):.2%}",
+                f"{worst['relative_error']:.2%} ({worst['name']})",
+            ]
+        )
+    return table(["layer", "scheme", "count", "mean output error", "worst"], rows)
+
+
+def description_tables(content: Mapping[str, Any]) -> list[Table]:
+    """What `describe` found."""
+    facts = [
+        ("kind", content["kind"]),
+        ("family", content["family"] or f"none for model_type '{content['model_type']}'"),
+        ("blocks", f"{content['blocks']} of width {content['hidden_size']}"),
+        ("heads", f"{content['heads']} ({content['kv_heads']} KV) of {content['head_dim']}"),
+        ("vocabulary", f"{content['vocabulary']:,}{', head tied' if content['tied_head'] else ''}"),
+        ("size", f"{human_bytes(content['size_bytes'])} in {content['tensors']} tensors"),
+        ("dtypes", ", ".join(f"{k} {human_bytes(v)}" for k, v in content["bytes_by_dtype"].items())),
+    ]
+    for key in ("format", "method", "scheme"):
+        if key in content:
+            facts.append((key, str(content[key])))
+    if "bits_per_weight" in content:
+        probe, source = content["probe"], content["provenance"]["source"]["model"]
+        facts += [
+            ("bits per weight", f"{content['bits_per_weight']:.3f} (scales and zero-points counted)"),
+            ("KL on the probe", f"{probe['kl_mean']:.4f} over {probe['tokens']} tokens"),
+            ("made from", f"{source}, bitfold {content['provenance']['bitfold']['version']}"),
+        ]
+    first = Table(show_header=False, title=escape(content["path"]), title_justify="left")
+    first.add_column(style="bold")
+    first.add_column()
+    for name, value in facts:
+        first.add_row(name, escape(value))
+    tables = [first]
+    if content["sites"]:
+        sites = Table(title="sites of a block", title_justify="left")
+        sites.add_column("kind")
+        sites.add_column("modules")
+        for site in content["sites"]:
+            modules = "; ".join(f"{k}: {_names(v)}" for k, v in site.items() if k != "kind")
+            sites.add_row(site["kind"], escape(modules))
+        tables.append(sites)
+    if "layers" in content:
+        tables.append(layer_table(content["layers"]))
+    return tables
+
+
+def _names(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, (tuple, list)) else str(value)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
