@@ -15,7 +15,7 @@ from bitfold.pipeline.verify import verify
 from bitfold.recipe import Recipe
 from bitfold.runtime import hf_quantizer as _hf_quantizer  # noqa: F401 - registers the format
 from bitfold.runtime.load import load, load_tokenizer
-from bitfold.version import VERSION as __version__
+from bitfold.version import VERSION as __version__  # noqa: N811
 
 __all__ = [
     "BitfoldError",
@@ -31,4 +31,3 @@ __all__ = [
     "quantize",
     "verify",
 ]
-

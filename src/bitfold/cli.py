@@ -5,9 +5,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
-import click
 import typer
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -19,6 +18,9 @@ from bitfold.report import terminal
 
 __all__ = ["app", "main"]
 
+# typer brings its own copy of click and exports only this leaf of its usage errors.
+_USAGE_ERROR: Any = typer.BadParameter.__mro__[2]
+
 
 class _Commands(TyperGroup):
     """A misspelt command is answered with the nearest right one."""
@@ -27,8 +29,12 @@ class _Commands(TyperGroup):
         name = args[0] if args else ""
         if name and not name.startswith("-") and name not in self.commands:
             near = difflib.get_close_matches(name, self.commands, n=1, cutoff=0.5)
-            hint = f" Did you mean '{near[0]}'?" if near else f" There are: {', '.join(self.commands)}."
-            raise click.UsageError(f"No such command '{name}'.{hint}")
+            hint = (
+                f" Did you mean '{near[0]}'?"
+                if near
+                else f" There are: {', '.join(self.commands)}."
+            )
+            raise typer.BadParameter(f"there is no command '{name}'.{hint}")
         return super().resolve_command(ctx, args)
 
 
@@ -42,10 +48,14 @@ app = typer.Typer(
     "Start with [bold]bitfold demo[/], then: bitfold quantize MODEL -o OUT",
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, nothing else.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout, nothing else.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")]
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A local directory, or a name on the hub.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A local directory, or a name on the hub.")
+]
 
 
 @app.command(
@@ -55,10 +65,12 @@ def quantize(
     model: Model,
     out: Annotated[Path, typer.Option("-o", "--out", help="Directory of the artifact.")],
     method: Annotated[
-        str | None, typer.Option(help="A method, or several composed: awq, rtn … (`bitfold recipes`).")
+        str | None,
+        typer.Option(help="A method, or several composed: awq, rtn … (`bitfold recipes`)."),
     ] = None,
     scheme: Annotated[
-        str | None, typer.Option(help="w<bits>a<bits>[q<bits>][kv<bits>][g<group>]; default w4a16g128.")
+        str | None,
+        typer.Option(help="w<bits>a<bits>[q<bits>][kv<bits>][g<group>]; default w4a16g128."),
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="A recipe file (YAML).")] = None,
     set: Annotated[
@@ -77,8 +89,12 @@ def quantize(
     ignore: Annotated[
         list[str] | None, typer.Option(help="Pattern of layers left alone, e.g. '*.down_proj'.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact at OUT.")] = False,
-    no_resume: Annotated[bool, typer.Option("--no-resume", help="Start a killed run afresh.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an artifact at OUT.")
+    ] = False,
+    no_resume: Annotated[
+        bool, typer.Option("--no-resume", help="Start a killed run afresh.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done, and what it would take.")
     ] = False,
@@ -116,14 +132,20 @@ def quantize(
         _print_quantization(result)
 
 
-@app.command(epilog="Example: bitfold eval ./llama-w4 --text wiki.test.txt --against ./llama-3.2-1b")
+@app.command(
+    epilog="Example: bitfold eval ./llama-w4 --text wiki.test.txt --against ./llama-3.2-1b"
+)
 def eval(
     model: Model,
-    text: Annotated[list[str], typer.Option(metavar="[NAME=]FILE", help="Evaluation text; may be repeated.")],
+    text: Annotated[
+        list[str], typer.Option(metavar="[NAME=]FILE", help="Evaluation text; may be repeated.")
+    ],
     sequence_length: Annotated[
         int | None, typer.Option(help="Tokens of a window; default: the model's, at most 2048.")
     ] = None,
-    against: Annotated[str | None, typer.Option(help="The original: adds KL and top-1 agreement.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="The original: adds KL and top-1 agreement.")
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     json: Json = False,
@@ -188,7 +210,9 @@ def inspect(model: Model, json: Json = False) -> None:
 
 @app.command(epilog="Example: bitfold recipes awq")
 def recipes(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A method; all of them without.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="A method; all of them without.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """The methods there are, or one of them in full."""
@@ -212,11 +236,15 @@ def recipes(
         terminal.print_json(methods)
         return
     rows = [[method, content["summary"], content["paper"]] for method, content in methods.items()]
-    terminal.console().print(terminal.table(["method", "what it does", "paper"], rows))
-    terminal.console().print("Compose with +, e.g. --method smoothquant+awq; see one: bitfold recipes awq")
+    terminal.console().print(terminal.table(["method", "what it does", "paper"], rows, left=True))
+    terminal.console().print(
+        "Compose with +, e.g. --method smoothquant+awq; see one: bitfold recipes awq"
+    )
 
 
-@app.command(epilog='Example: bitfold generate ./llama-w4 --prompt "Once upon a time" --max-new-tokens 40')
+@app.command(
+    epilog='Example: bitfold generate ./llama-w4 --prompt "Once upon a time" --max-new-tokens 40'
+)
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="The text to continue.")],
@@ -243,9 +271,9 @@ def generate(
 
 @app.command(epilog="Example: bitfold demo")
 def demo(
-    out: Annotated[Path, typer.Option("-o", "--out", help="Directory for the demo's artifacts.")] = Path(
-        "out/demo"
-    ),
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="Directory for the demo's artifacts.")
+    ] = Path("out/demo"),
     json: Json = False,
 ) -> None:
     """Quantize the embedded model, measure it before and after, and let each write a sentence."""
@@ -263,24 +291,33 @@ def main() -> None:
     """Entry point: errors that are the input's or the machine's become one sentence and exit code 1."""
     wants_json = "--json" in sys.argv
     try:
-        app(standalone_mode=False)
-    except click.exceptions.Abort:
+        sys.exit(app(standalone_mode=False) or 0)
+    except (typer.Abort, KeyboardInterrupt):
+        terminal.console(stderr=True).print("Interrupted: run the same command again, it goes on.")
         sys.exit(130)
-    except KeyboardInterrupt:
-        terminal.console(stderr=True).print("Interrupted: run the same command again and it goes on.")
-        sys.exit(130)
-    except click.exceptions.Exit as stop:
+    except typer.Exit as stop:
         sys.exit(stop.exit_code)
-    except click.ClickException as error:
-        if wants_json:
-            terminal.print_json({"error": error.format_message(), "kind": type(error).__name__})
-        error.show()
-        sys.exit(error.exit_code)
     except BitfoldError as error:
-        if wants_json:
-            terminal.print_json({"error": str(error), "kind": type(error).__name__})
-        terminal.console(stderr=True).print(f"[bold red]Error:[/] {escape(str(error))}")
-        sys.exit(1)
+        _fail(str(error), type(error).__name__, wants_json, code=1)
+    except _USAGE_ERROR as error:
+        hint = _nearest_option(error)
+        _fail(f"{error.format_message().rstrip('.')}.{hint}", "UsageError", wants_json, code=2)
+
+
+def _fail(sentence: str, kind: str, wants_json: bool, code: int) -> NoReturn:
+    if wants_json:
+        terminal.print_json({"error": sentence, "kind": kind})
+    terminal.console(stderr=True).print(f"[bold red]Error:[/] {escape(sentence)}")
+    sys.exit(code)
+
+
+def _nearest_option(error: Any) -> str:
+    """What to say of a misspelt option: the command's nearest one."""
+    if not hasattr(error, "option_name") or error.ctx is None:
+        return ""
+    known = [name for parameter in error.ctx.command.params for name in parameter.opts]
+    near = difflib.get_close_matches(error.option_name, known, n=1, cutoff=0.5)
+    return f" Did you mean '{near[0]}'?" if near else " See --help."
 
 
 @contextmanager

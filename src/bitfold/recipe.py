@@ -22,9 +22,9 @@ from pydantic import (
 from bitfold.errors import RecipeError, did_you_mean
 from bitfold.numerics import Scheme
 from bitfold.part import Need, Part
-from bitfold.ranges import RANGES, MinMax
-from bitfold.rounding import ROUNDINGS, Nearest
-from bitfold.transforms import TRANSFORMS
+from bitfold.ranges import RANGES, MinMax, Range
+from bitfold.rounding import ROUNDINGS, Nearest, Rounding
+from bitfold.transforms import TRANSFORMS, SiteTransform
 
 __all__ = ["LayerRule", "Recipe", "method_names", "method_text"]
 
@@ -79,9 +79,9 @@ def _named(known: Mapping[str, type[Part]]) -> PlainSerializer:
     return PlainSerializer(lambda part: {names[type(part)]: part.model_dump(mode="json")})
 
 
-TransformPart = Annotated[Part, _part("transform", TRANSFORMS), _named(TRANSFORMS)]
-RangePart = Annotated[Part, _part("range", RANGES), _named(RANGES)]
-RoundingPart = Annotated[Part, _part("rounding", ROUNDINGS), _named(ROUNDINGS)]
+TransformPart = Annotated[SiteTransform, _part("transform", TRANSFORMS), _named(TRANSFORMS)]
+RangePart = Annotated[Range, _part("range", RANGES), _named(RANGES)]
+RoundingPart = Annotated[Rounding, _part("rounding", ROUNDINGS), _named(ROUNDINGS)]
 
 
 class LayerRule(BaseModel):
@@ -217,7 +217,9 @@ def _read_file(file: Path) -> dict[str, Any]:
         reason = " ".join(str(error).split())
         raise RecipeError(f"{file} is not valid YAML ({reason}).") from error
     if not isinstance(content, dict):
-        raise RecipeError(f"{file} holds no recipe: write `key: value` lines, as `bitfold recipes awq` shows.")
+        raise RecipeError(
+            f"{file} holds no recipe: write `key: value` lines, as `bitfold recipes awq` shows."
+        )
     for key in content:
         if key not in Recipe.model_fields and key not in ("summary", "paper"):
             raise RecipeError(
@@ -247,7 +249,9 @@ def _scheme(text: object, overrides: Mapping[tuple[str, ...], Any]) -> Scheme:
         if len(path) != 1:
             raise RecipeError(f"'{'.'.join([tensor, *path])}' is no key: write {tensor}.<option>.")
         if fields[tensor] is None:
-            raise RecipeError(f"'{tensor}.{path[0]}' has nothing to set: the scheme leaves {tensor}s alone.")
+            raise RecipeError(
+                f"'{tensor}.{path[0]}' has nothing to set: the scheme leaves {tensor}s alone."
+            )
         fields[tensor][path[0]] = value
         if tensor == "activation" and path[0] == "static" and value is True:
             fields[tensor]["granularity"] = "tensor"
@@ -261,7 +265,9 @@ def _scheme(text: object, overrides: Mapping[tuple[str, ...], Any]) -> Scheme:
 
 def _layer_rule(rule: object, overrides: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
     if not isinstance(rule, Mapping) or not rule.keys() >= {"match", "scheme"}:
-        raise RecipeError(f"A rule in `layers` is {{match: PATTERN, scheme: SCHEME}}, not {rule!r}.")
+        raise RecipeError(
+            f"A rule in `layers` is {{match: PATTERN, scheme: SCHEME}}, not {rule!r}."
+        )
     base = _scheme(rule["scheme"], {})
     apply = {key: value for key, value in overrides.items() if getattr(base, key[0]) is not None}
     return dict(rule) | {"scheme": _scheme(rule["scheme"], apply)}
@@ -280,14 +286,20 @@ def _set(fields: dict[str, Any], key: tuple[str, ...], value: Any) -> None:
         else:
             fields[slot] = _with_option(fields[slot], key, value)
         return
-    known = [*Recipe.model_fields, *(f"{t}.symmetric" for t in _TENSORS), *(f"{name}.…" for name in parts)]
+    known = [
+        *Recipe.model_fields,
+        *(f"{t}.symmetric" for t in _TENSORS),
+        *(f"{name}.…" for name in parts),
+    ]
     raise RecipeError(f"Unknown key '{'.'.join(key)}': {did_you_mean('.'.join(key), known)}.")
 
 
 def _parts_of(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
     slots = [(slot, fields.get(slot)) for slot in ("weight_range", "activation_range", "rounding")]
     slots += [("transforms", part) for part in fields["transforms"]]
-    return [(slot, part if isinstance(part, str) else next(iter(part))) for slot, part in slots if part]
+    return [
+        (slot, part if isinstance(part, str) else next(iter(part))) for slot, part in slots if part
+    ]
 
 
 def _with_option(part: Any, key: tuple[str, ...], value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""bitfold's own format loads exactly with bitfold, and not at all without."""
+"""bitfold's own format loads exactly where bitfold was imported, and not at all where it was not."""
 
 import json
 import os
@@ -33,9 +33,6 @@ from bitfold.errors import CheckpointError, RecipeError
 from bitfold.export import native
 from bitfold.export.layout import Refusal, WeightFormat
 from bitfold.numerics import QuantizedTensor, Scheme, TensorScheme
-from bitfold.runtime import hf_quantizer
-
-hf_quantizer.register()
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 TOKEN4 = TensorScheme(bits=4, symmetric=False, granularity="token")

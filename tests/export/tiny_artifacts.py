@@ -30,7 +30,6 @@ from bitfold.export.layout import (
     Layout,
     Refusal,
     input_tensors,
-    loaded_weight,
 )
 from bitfold.numerics import QuantizedTensor, Scheme, TensorScheme, scale_and_zero, to_groups
 from bitfold.numerics.scheme import GridName
@@ -243,13 +242,17 @@ def simulate(quantized: Quantized, choice: Choice, dtype: torch.dtype) -> PreTra
         quantized.checkpoint, attn_implementation=ATTENTION, dtype=dtype
     ).eval()
     for name, tensor in quantized.weights.items():
-        model.get_submodule(name).weight.data = loaded_weight(tensor, choice, dtype)
+        model.get_submodule(name).weight.data = _dequantized(tensor, choice, dtype)
     for name, entry in quantized.layout.linears.items():
         if entry.scheme.activation is not None:
             model.get_submodule(name).register_forward_pre_hook(_input_hook(entry))
     for name, attention in quantized.layout.attention.items():
         set_head_quantizers(model.get_submodule(name), HeadQuantizers.of(attention.scheme))
     return model
+
+
+def _dequantized(tensor: QuantizedTensor, choice: Choice, dtype: torch.dtype) -> Tensor:
+    return tensor.dequantize(tensor.scale.dtype if choice.dequantize else dtype).to(dtype)
 
 
 def _input_hook(entry: LayerEntry) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor]]:

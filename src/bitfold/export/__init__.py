@@ -39,7 +39,7 @@ def choose_format(layout: Layout) -> tuple[Format, Choice, tuple[str, ...]]:
 
     Raises RecipeError where none can.
     """
-    reasons = []
+    reasons: list[str] = []
     for name, format in FORMATS.items():
         choice = format.choose(layout)
         if isinstance(choice, Choice):

@@ -121,7 +121,7 @@ def from_tensors(
     if format.strategy == "tensor":
         scale, zero = scale.reshape(1, 1), None if zero is None else zero.reshape(1, 1)
     elif zero is not None and _packs_zero(format):
-        zero = unpack(zero.T, scheme.bits, codes.shape[0]).T
+        zero = unpack(zero.T, scheme.bits, codes.shape[0]).T.contiguous()
     return QuantizedTensor(codes, scale, zero, scheme)
 
 

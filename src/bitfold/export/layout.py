@@ -9,11 +9,10 @@ the tensors of one weight, and `from_tensors(name, tensors, scheme, format)` is 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from bitfold.errors import RecipeError
-from bitfold.numerics import QuantizedTensor, Scheme
+from bitfold.numerics import Scheme
 
 __all__ = [
     "AttentionEntry",
@@ -23,7 +22,6 @@ __all__ = [
     "Refusal",
     "WeightFormat",
     "input_tensors",
-    "loaded_weight",
 ]
 
 
@@ -79,7 +77,8 @@ class WeightFormat:
 class Choice:
     """How a layout is said exactly: a format per linear layer.
 
-    dequantize: loaders turn the weights back into floating point at once (compressed-tensors only).
+    dequantize: loaders turn the weights back into floating point at once, in the dtype of the scales
+                whatever dtype they are asked for; otherwise the scales are cast before.
     """
 
     formats: Mapping[str, WeightFormat]
@@ -110,13 +109,3 @@ def input_tensors(name: str, entry: LayerEntry) -> dict[str, Tensor]:
     if entry.input_zero is not None and not activation.symmetric:
         tensors[f"{name}.input_zero_point"] = entry.input_zero.reshape(1)
     return tensors
-
-
-def loaded_weight(tensor: QuantizedTensor, choice: Choice, dtype: torch.dtype) -> Tensor:
-    """The weight [out, in] that a loader of the artifact computes with in `dtype`.
-
-    Scales are cast first, unless the loader dequantizes at once, in the dtype of the scales.
-    """
-    if choice.dequantize:
-        return tensor.dequantize(tensor.scale.dtype).to(dtype)
-    return tensor.dequantize(dtype)

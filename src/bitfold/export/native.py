@@ -151,7 +151,7 @@ def unpack_weight(
         "nf4": lambda codes: (codes + 8).to(torch.uint8),
     }[scheme.grid](signed)
     if zero is not None:
-        zero = unpack(zero.T, scheme.bits, scale.shape[0]).T
+        zero = unpack(zero.T, scheme.bits, scale.shape[0]).T.contiguous()
     return QuantizedTensor(codes, scale, zero, scheme)
 
 

@@ -124,11 +124,15 @@ def tensor_bytes(tensors: Mapping[str, Tensor]) -> int:
 def _read_json(path: Path, name: str) -> dict[str, Any]:
     file = path / name
     if not file.is_file():
-        raise CheckpointError(f"{path} has no {name}: give the directory of a Hugging Face checkpoint.")
+        raise CheckpointError(
+            f"{path} has no {name}: give the directory of a Hugging Face checkpoint."
+        )
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file} is not valid JSON ({error}): restore it from its source.") from error
+        raise CheckpointError(
+            f"{file} is not valid JSON ({error}): restore it from its source."
+        ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} holds no JSON object: restore it from its source.")
     return content
@@ -177,7 +181,9 @@ def _file_header(file: Path) -> Iterator[tuple[str, TensorInfo]]:
                 part = handle.get_slice(name)
                 dtype = part.get_dtype()
                 if dtype not in _DTYPES:
-                    raise CheckpointError(f"{file}: {name} has dtype {dtype}, which bitfold does not read.")
+                    raise CheckpointError(
+                        f"{file}: {name} has dtype {dtype}, which bitfold does not read."
+                    )
                 yield name, TensorInfo(file.name, _DTYPES[dtype], tuple(part.get_shape()))
     except SafetensorError as error:
         raise CheckpointError(

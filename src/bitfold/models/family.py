@@ -10,7 +10,16 @@ from typing import Any, Literal
 
 from transformers import PretrainedConfig
 
-__all__ = ["Family", "FcPair", "NormSite", "QueryKey", "Site", "UpDown", "ValueOutput", "head_counts"]
+__all__ = [
+    "Family",
+    "FcPair",
+    "NormSite",
+    "QueryKey",
+    "Site",
+    "UpDown",
+    "ValueOutput",
+    "head_counts",
+]
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class Skeleton:
         for name, buffer in list(self.model.named_buffers()):
             owner, _, leaf = name.rpartition(".")
             setattr(self.model.get_submodule(owner), leaf, buffer.to(self.device))
-        self.blocks: nn.ModuleList = self.model.get_submodule(self.family.blocks)  # type: ignore[assignment]
+        self.blocks: nn.ModuleList = self.model.get_submodule(self.family.blocks)
         self._check_linears()
         self.sources = self._match_weights()
         self._recorded: tuple[tuple[int, torch.dtype], list[dict[str, Any]]] | None = None
@@ -114,7 +114,11 @@ class Skeleton:
         tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         with _Detour(self, final=hidden):
             logits: Tensor = functional_call(
-                self.model, dict(outer), (), {"input_ids": tokens, "use_cache": False}, tie_weights=True
+                self.model,
+                dict(outer),
+                (),
+                {"input_ids": tokens, "use_cache": False},
+                tie_weights=True,
             ).logits
         return logits
 
@@ -126,7 +130,11 @@ class Skeleton:
 
     def _call_base(self, outer: Mapping[str, Tensor], tokens: Tensor) -> None:
         prefix = self.model.base_model_prefix + "."
-        base = {name.removeprefix(prefix): value for name, value in outer.items() if name.startswith(prefix)}
+        base = {
+            name.removeprefix(prefix): value
+            for name, value in outer.items()
+            if name.startswith(prefix)
+        }
         functional_call(self.model.base_model, base, (), {"input_ids": tokens, "use_cache": False})
 
     def _block_arguments(self, length: int, dtype: torch.dtype) -> list[dict[str, Any]]:
@@ -152,7 +160,9 @@ class Skeleton:
 
     def _check_linears(self) -> None:
         for index, block in enumerate(self.blocks):
-            found = {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+            found = {
+                name for name, module in block.named_modules() if isinstance(module, nn.Linear)
+            }
             if found != set(self.family.linears):
                 odd = sorted(found.symmetric_difference(self.family.linears))
                 raise FamilyError(
@@ -203,7 +213,11 @@ class _Detour:
     def __enter__(self) -> "_Detour":
         self._owner_name, _, self._leaf = self._skeleton.family.blocks.rpartition(".")
         owner = self._skeleton.model.get_submodule(self._owner_name)
-        setattr(owner, self._leaf, nn.ModuleList(_PassOn(block, self) for block in self._skeleton.blocks))
+        setattr(
+            owner,
+            self._leaf,
+            nn.ModuleList(_PassOn(block, self) for block in self._skeleton.blocks),
+        )
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -247,7 +261,9 @@ def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
         return AutoConfig.from_pretrained(checkpoint.path)
     except Exception as error:
         # transformers and huggingface_hub raise a dozen classes here, all about this file.
-        raise CheckpointError(f"{file} is not a valid config ({' '.join(str(error).split())}).") from error
+        raise CheckpointError(
+            f"{file} is not a valid config ({' '.join(str(error).split())})."
+        ) from error
 
 
 def _original_config(checkpoint: Checkpoint) -> PretrainedConfig:

@@ -7,7 +7,7 @@ layout of compressed-tensors 0.19 and later. Each row is padded to whole words.
 import math
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["pack", "packed_width", "unpack"]

@@ -82,8 +82,8 @@ def quantize_block(
         weight = folded[f"{name}.weight"].float()
         input_name = skeleton.family.input_of(name)
         gram = statistics[input_name].gram if "gram" in late_needs else None
-        limits = recipe.weight_range.limits(to_groups(weight, scheme), scheme, gram)  # type: ignore[attr-defined]
-        tensors[name] = recipe.rounding.solve(weight, limits, scheme, plan.storage, gram)  # type: ignore[attr-defined]
+        limits = recipe.weight_range.limits(to_groups(weight, scheme), scheme, gram)
+        tensors[name] = recipe.rounding.solve(weight, limits, scheme, plan.storage, gram)
     tensors = {name: tensors[name] for name in schemes if name in tensors}
 
     inputs = {
@@ -104,7 +104,10 @@ def run_quantized(
 
     def run(hidden: Tensor) -> Tensor:
         module = skeleton.blocks[index]
-        with torch.no_grad(), quantizing(module, block.inputs, skeleton.family.attention, block.heads):
+        with (
+            torch.no_grad(),
+            quantizing(module, block.inputs, skeleton.family.attention, block.heads),
+        ):
             return skeleton.run(index, weights, hidden)
 
     return run
@@ -126,7 +129,7 @@ def _fold_transforms(
             if not site.readers:
                 continue
             stats = statistics[skeleton.family.input_of(site.readers[0])]
-            transform = part.fit(site, folded, stats, schemes, plan.heads)  # type: ignore[attr-defined]
+            transform = part.fit(site, folded, stats, schemes, plan.heads)
             if transform is not None:
                 folded = fold(folded, transform, plan.heads, plan.storage)
     if not plan.recipe.transforms:
@@ -164,7 +167,9 @@ def _statistics(
     return statistics
 
 
-def _input_quantizer(scheme: Scheme, statistics: InputStatistics | None, plan: Plan) -> InputQuantizer:
+def _input_quantizer(
+    scheme: Scheme, statistics: InputStatistics | None, plan: Plan
+) -> InputQuantizer:
     activation = scheme.activation
     assert activation is not None
     if not activation.static:
@@ -173,8 +178,8 @@ def _input_quantizer(scheme: Scheme, statistics: InputStatistics | None, plan: P
     # The sample decides the range; the extremes of the whole stream are added for ranges that do not clip.
     extremes = torch.stack([statistics.minimum.min(), statistics.maximum.max()])
     values = torch.cat([statistics.rows.flatten(), extremes]).unsqueeze(0)
-    limits = plan.recipe.activation_range.limits(values, activation)  # type: ignore[attr-defined]
-    scale, zero = scale_and_zero(*limits, activation, plan.storage)
+    limits = plan.recipe.activation_range.limits(values, activation)
+    scale, zero = scale_and_zero(limits[0], limits[1], activation, plan.storage)
     return InputQuantizer(
         activation,
         scale.reshape(1).to(plan.storage),

@@ -40,7 +40,9 @@ def estimate(skeleton: Skeleton, plan: Plan, streams: Streams, dtype: torch.dtyp
     blocks = len(skeleton.blocks)
     windows = 0 if streams.quantized is None else streams.quantized.shape[0]
     trials = [min(count, windows) for count in TRIAL_WINDOWS]
-    _trial(skeleton, plan, streams, dtype, trials[0])  # the first one also pays for what is made once
+    _trial(
+        skeleton, plan, streams, dtype, trials[0]
+    )  # the first one also pays for what is made once
     seconds = [_trial(skeleton, plan, streams, dtype, count) for count in trials]
     slope = (seconds[1] - seconds[0]) / max(1, trials[1] - trials[0])
     per_block = seconds[0] + max(0.0, slope) * max(0, windows - trials[0])
@@ -87,7 +89,9 @@ def _weight_bytes(
     return out * columns * code_bits // 8 + groups * storage.itemsize + zero_bytes
 
 
-def _trial(skeleton: Skeleton, plan: Plan, streams: Streams, dtype: torch.dtype, windows: int) -> float:
+def _trial(
+    skeleton: Skeleton, plan: Plan, streams: Streams, dtype: torch.dtype, windows: int
+) -> float:
     few = Streams(
         streams.probe_original,
         streams.probe_quantized.clone(),

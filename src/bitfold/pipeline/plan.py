@@ -86,10 +86,16 @@ def make_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
 def _linear_names(skeleton: Skeleton) -> dict[str, int]:
     """Full name → number of inputs of every linear layer of the blocks."""
     return {
-        f"{skeleton.block_name(index)}.{name}": block.get_submodule(name).in_features
+        f"{skeleton.block_name(index)}.{name}": _in_features(block, name)
         for index, block in enumerate(skeleton.blocks)
         for name in skeleton.family.linears
     }
+
+
+def _in_features(block: torch.nn.Module, name: str) -> int:
+    linear = block.get_submodule(name)
+    assert isinstance(linear, torch.nn.Linear)
+    return linear.in_features
 
 
 def _check_patterns(recipe: Recipe, names: list[str]) -> None:
@@ -124,7 +130,9 @@ def _attention_schemes(skeleton: Skeleton, schemes: Mapping[str, Scheme]) -> dic
         name = f"{skeleton.block_name(index)}.{family.attention}"
         parts = [
             Scheme(query=s.query, key=s.key, value=s.value)
-            for s in (schemes[f"{skeleton.block_name(index)}.{linear}"] for linear in family.inputs[0])
+            for s in (
+                schemes[f"{skeleton.block_name(index)}.{linear}"] for linear in family.inputs[0]
+            )
         ]
         wanted = [part for part in parts if part != Scheme()]
         if any(part != wanted[0] for part in wanted):
@@ -156,7 +164,9 @@ def _layout(
     return Layout(
         linears={name: LayerEntry(scheme, inputs[name]) for name, scheme in quantized.items()},
         attention={
-            name: AttentionEntry(scheme, head_dim, type(skeleton.model.get_submodule(name)).__name__)
+            name: AttentionEntry(
+                scheme, head_dim, type(skeleton.model.get_submodule(name)).__name__
+            )
             for name, scheme in attention.items()
         },
         unquantized=sorted(others),

@@ -14,31 +14,33 @@ from bitfold.evaluate.statistics import mean_and_error, token_statistics
 __all__ = ["PROBE_FILE", "Probe", "probe_report"]
 
 PROBE_FILE = "verification.npz"
-# Logits of a large vocabulary are big: about 8 MB of them are kept.
-_LARGEST = 2_000_000
+# What is kept: logits at so many positions of each window, for so many tokens of the vocabulary.
+_POSITIONS = 16
+_VOCABULARY = 1024
 
 
 @dataclass(frozen=True)
 class Probe:
-    """tokens [windows, length] int64; logits [positions, vocabulary] float32 of the simulation at `positions` of each
-    window, window after window; dtype in which the simulation ran."""
+    """tokens [windows, length] int64 as given to the model; logits [windows, positions, vocabulary] float32 of the
+    simulation at some positions and for some tokens, evenly spread; dtype in which the simulation ran."""
 
     tokens: Tensor
     positions: Tensor
+    vocabulary: Tensor
     logits: Tensor
     dtype: str
 
     @classmethod
     def of(cls, tokens: Tensor, logits: Tensor, dtype: torch.dtype) -> "Probe":
-        """Keep what fits of the simulation's logits [windows, length, vocabulary]."""
-        count = max(1, min(tokens.shape[1], _LARGEST // (logits.shape[-1] * tokens.shape[0])))
-        positions = torch.linspace(0, tokens.shape[1] - 1, count).round().long()
-        return cls(tokens, positions, cls.pick(logits, positions), str(dtype).removeprefix("torch."))
+        """Keep a part of the simulation's logits [windows, length, vocabulary]."""
+        positions = _spread(logits.shape[1], _POSITIONS)
+        vocabulary = _spread(logits.shape[2], _VOCABULARY)
+        kept = logits.cpu()[:, positions][..., vocabulary].float()
+        return cls(tokens, positions, vocabulary, kept, str(dtype).removeprefix("torch."))
 
-    @staticmethod
-    def pick(logits: Tensor, positions: Tensor) -> Tensor:
-        """The logits at the kept positions."""
-        return logits[:, positions].flatten(0, 1).float().cpu()
+    def pick(self, logits: Tensor) -> Tensor:
+        """The part of a model's logits [windows, length, vocabulary] that was kept of the simulation's."""
+        return logits.cpu()[:, self.positions][..., self.vocabulary].float()
 
     def save(self, path: Path) -> None:
         """Write `verification.npz` (no `.safetensors`, which engines would take for weights)."""
@@ -47,6 +49,7 @@ class Probe:
                 stream,
                 tokens=self.tokens.numpy(),
                 positions=self.positions.numpy(),
+                vocabulary=self.vocabulary.numpy(),
                 logits=self.logits.numpy(),
                 dtype=np.array(self.dtype),
             )
@@ -59,6 +62,7 @@ class Probe:
                 return cls(
                     torch.from_numpy(stored["tokens"]),
                     torch.from_numpy(stored["positions"]),
+                    torch.from_numpy(stored["vocabulary"]),
                     torch.from_numpy(stored["logits"]),
                     str(stored["dtype"]),
                 )
@@ -66,6 +70,11 @@ class Probe:
             raise VerificationError(
                 f"{path} is missing or damaged ({error}): the artifact cannot be verified; quantize again."
             ) from error
+
+
+def _spread(extent: int, count: int) -> Tensor:
+    """At most `count` indices spread evenly over 0 … extent − 1, both ends included."""
+    return torch.linspace(0, extent - 1, min(extent, count)).round().long()
 
 
 def probe_report(tokens: Tensor, logits: Tensor, original: Tensor) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from bitfold.export.artifact import (
 from bitfold.models.checkpoint import Checkpoint, sha256_of, tensor_bytes
 from bitfold.models.skeleton import Skeleton
 from bitfold.pipeline.block import QuantizedBlock, quantize_block, run_quantized
-from bitfold.pipeline.estimate import Estimate, artifact_bytes, estimate, working_bytes
+from bitfold.pipeline.estimate import Estimate, artifact_bytes, estimate
 from bitfold.pipeline.plan import Plan, make_plan
 from bitfold.pipeline.probe import PROBE_FILE, Probe, probe_report
 from bitfold.pipeline.request import request_hash
@@ -68,7 +68,11 @@ class Quantization:
     usage: tuple[str, ...] = field(default=())
 
     def to_json(self) -> dict[str, Any]:
-        return vars(self) | {"out": str(self.out), "notes": list(self.notes), "usage": list(self.usage)}
+        return vars(self) | {
+            "out": str(self.out),
+            "notes": list(self.notes),
+            "usage": list(self.usage),
+        }
 
 
 @dataclass(frozen=True)
@@ -126,9 +130,7 @@ def quantize(
         raise DataError("Give a finished Recipe, or method, scheme, set and ignore, not both.")
     out = Path(out).expanduser().absolute()
     refuse_foreign(out)
-    job = _prepare(
-        str(model), out, recipe, calibration, samples, sequence_length, device, dtype
-    )
+    job = _prepare(str(model), out, recipe, calibration, samples, sequence_length, device, dtype)
     with torch.no_grad():
         streams = _start_streams(job) if dry_run else None
         if streams is not None:
@@ -191,7 +193,9 @@ def _prepare(
             f"A sequence length of {sequence_length} is more than the {limit} positions of the model: "
             f"choose at most {limit}."
         )
-    length = default_sequence_length(skeleton.config) if sequence_length is None else sequence_length
+    length = (
+        default_sequence_length(skeleton.config) if sequence_length is None else sequence_length
+    )
     data: Calibration | None = None
     if recipe.calibrates or calibration:
         files = [Path(file) for file in calibration]
@@ -206,7 +210,18 @@ def _prepare(
         )
     notes = plan.notes + (data.notes if data else ())
     request = request_hash(checkpoint, recipe, data, compute, device)
-    return _Job(source, model, out, skeleton, plan, data, _probe_tokens(skeleton, data), compute, request, notes)
+    return _Job(
+        source,
+        model,
+        out,
+        skeleton,
+        plan,
+        data,
+        _probe_tokens(skeleton, data),
+        compute,
+        request,
+        notes,
+    )
 
 
 def _probe_tokens(skeleton: Skeleton, calibration: Calibration | None) -> Tensor:
@@ -328,7 +343,9 @@ def _block_entry(
             "name": f"{prefix}.{name}",
             "scheme": plan.schemes[f"{prefix}.{name}"].notation,
             "relative_error": error,
-            "bits_per_weight": block.tensors[name].bits_per_weight if name in block.tensors else None,
+            "bits_per_weight": block.tensors[name].bits_per_weight
+            if name in block.tensors
+            else None,
         }
         for name, error in block.errors.items()
     ]
@@ -360,15 +377,21 @@ def _publish(job: _Job, workdir: Workdir, probe: Probe) -> dict[str, Any]:
     report = {
         "method": plan.recipe.method,
         "scheme": plan.recipe.scheme.notation,
-        "bits_per_weight": sum(block["bits"] for block in blocks) / quantized if quantized else 16.0,
+        "bits_per_weight": sum(block["bits"] for block in blocks) / quantized
+        if quantized
+        else 16.0,
         "probe": probe_numbers,
-        "blocks": [{"folding_error": block["folding_error"]} for block in blocks],
+        "folding_errors": [block["folding_error"] for block in blocks],
         "layers": [layer for block in blocks for layer in block["layers"]],
         "notes": list(job.notes),
     }
     quantization = plan.format.config(plan.layout, plan.choice)
     config = job.skeleton.checkpoint.config
-    config = config | plan.format.extra_config(plan.layout, config) | {"quantization_config": quantization}
+    config = (
+        config
+        | plan.format.extra_config(plan.layout, config)
+        | {"quantization_config": quantization}
+    )
     usage = _usage(job.out, quantization["quant_method"])
     sums = {**tensor_sums(outer), **{n: s for block in blocks for n, s in block["sums"].items()}}
     workdir.write_text("config.json", _json(config))
@@ -391,7 +414,9 @@ def _summary(job: _Job, report: dict[str, Any], usage: tuple[str, ...]) -> dict[
         "out": job.out,
         "bits_per_weight": report["bits_per_weight"],
         "size_bytes": sum(file.stat().st_size for file in job.out.iterdir() if file.is_file()),
-        "original_bytes": sum(file.stat().st_size for file in job.source.iterdir() if file.is_file()),
+        "original_bytes": sum(
+            file.stat().st_size for file in job.source.iterdir() if file.is_file()
+        ),
         "method": report["method"],
         "scheme": report["scheme"],
         "format": config["quantization_config"]["quant_method"],
@@ -403,11 +428,13 @@ def _summary(job: _Job, report: dict[str, Any], usage: tuple[str, ...]) -> dict[
 
 def _finished(job: _Job) -> Quantization:
     report = json.loads((job.out / "report.json").read_text())
-    method = json.loads((job.out / "config.json").read_text())["quantization_config"]["quant_method"]
+    method = json.loads((job.out / "config.json").read_text())["quantization_config"][
+        "quant_method"
+    ]
     return Quantization(
         **_summary(job, report, _usage(job.out, method)),
         seconds=0.0,
-        resumed_blocks=len(report["blocks"]),
+        resumed_blocks=len(report["folding_errors"]),
         peak_rss_mb=peak_rss_mb(),
         notes=job.notes,
         finished_before=True,
@@ -460,9 +487,7 @@ def _usage(out: Path, quant_method: str) -> tuple[str, ...]:
 
 def _card(job: _Job, report: dict[str, Any], usage: tuple[str, ...]) -> str:
     lines = "\n".join(line.replace(str(job.out), ".") for line in usage)
-    return model_card(
-        job.model, report["scheme"], report["method"], report, f"```\n{lines}\n```"
-    )
+    return model_card(job.model, report["scheme"], report["method"], report, f"```\n{lines}\n```")
 
 
 def _json(content: Any) -> str:

@@ -76,7 +76,10 @@ def verify_blocks(
 
 
 def verify(
-    out: str | Path, *, device: str | torch.device = "auto", progress: Callable[[str], None] | None = None
+    out: str | Path,
+    *,
+    device: str | torch.device = "auto",
+    progress: Callable[[str], None] | None = None,
 ) -> Verification:
     """Load an artifact the way a user does and compare it with the simulation recorded at quantization.
 
@@ -93,7 +96,7 @@ def verify(
     say("comparing logits")
     with torch.no_grad():
         logits = model(input_ids=probe.tokens.to(model.device), use_cache=False).logits
-    found = Probe.pick(logits, probe.positions)
+    found = probe.pick(logits)
     difference = _relative(found, probe.logits)
     tolerance = TOLERANCE.get(probe.dtype, TOLERANCE_HALF)
     if not difference <= tolerance:
@@ -105,7 +108,7 @@ def verify(
     return Verification(
         out=str(out),
         tensors=count,
-        positions=probe.logits.shape[0],
+        positions=probe.logits.shape[0] * probe.logits.shape[1],
         max_difference=float((found - probe.logits).abs().max()),
         difference=difference,
         tolerance=tolerance,
@@ -120,7 +123,9 @@ def _check_sums(out: Path) -> int:
         index = json.loads((out / "model.safetensors.index.json").read_text(encoding="utf-8"))
         weight_map: dict[str, str] = index["weight_map"]
     except (OSError, ValueError, KeyError) as error:
-        raise VerificationError(f"{out} is no whole artifact of bitfold ({error}): quantize again.") from error
+        raise VerificationError(
+            f"{out} is no whole artifact of bitfold ({error}): quantize again."
+        ) from error
     if missing := sorted(set(sums).symmetric_difference(weight_map)):
         raise VerificationError(f"{out}: {missing[0]} is missing, or was added: quantize again.")
     for shard in sorted(set(weight_map.values())):

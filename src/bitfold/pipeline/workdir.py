@@ -84,6 +84,7 @@ class Workdir:
             temporary = self.path / f"{name}.writing"
             contiguous = {key: tensors[key].cpu().contiguous() for key in sorted(tensors)}
             save_file(contiguous, temporary, metadata={"format": "pt"})
+            temporary.chmod(0o644)  # safetensors makes it readable for its owner alone
             temporary.replace(self.path / name)
 
     def publish(self) -> None:
@@ -133,7 +134,9 @@ def writing(what: Path) -> Iterator[None]:
                 "again, it goes on after the last finished block; or choose an -o on another disk."
             ) from error
         if code in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise OutputError(f"{what} cannot be written ({os.strerror(code)}): choose another -o.") from error
+            raise OutputError(
+                f"{what} cannot be written ({os.strerror(code)}): choose another -o."
+            ) from error
         raise OutputError(f"{what} cannot be written ({text}).") from error
 
 
@@ -142,7 +145,9 @@ def refuse_foreign(out: Path) -> None:
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise OutputError(f"{out} exists and is no directory: choose another -o.")
     if out.is_dir() and _request_of(out) is None:
-        raise OutputError(f"{out} exists and was not made by bitfold: choose another -o, or remove it.")
+        raise OutputError(
+            f"{out} exists and was not made by bitfold: choose another -o, or remove it."
+        )
 
 
 def finished_request(out: Path) -> str | None:

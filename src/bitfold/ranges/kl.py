@@ -10,12 +10,12 @@ from pydantic import Field
 from torch import Tensor
 
 from bitfold.numerics import TensorScheme
-from bitfold.part import Part
+from bitfold.ranges.range import Range
 
 __all__ = ["Kl"]
 
 
-class Kl(Part):
+class Kl(Range):
     """Shrinks min-max to the step of least KL(P ‖ Q)."""
 
     bins: int = Field(default=512, ge=16)
@@ -27,7 +27,9 @@ class Kl(Part):
     ) -> tuple[Tensor, Tensor]:
         """Lower and upper limit [..., 1] of grouped values [..., g]."""
         values = groups.flatten(0, -2)
-        parts = [self._best_ratio(part, scheme) for part in values.split(max(1, 2**22 // self.bins))]
+        parts = [
+            self._best_ratio(part, scheme) for part in values.split(max(1, 2**22 // self.bins))
+        ]
         ratio = torch.cat(parts).reshape(*groups.shape[:-1], 1)
         minimum, maximum = torch.aminmax(groups, dim=-1, keepdim=True)
         return minimum * ratio, maximum * ratio

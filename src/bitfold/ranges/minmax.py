@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 
 from bitfold.numerics import TensorScheme
-from bitfold.part import Part
+from bitfold.ranges.range import Range
 
 __all__ = ["MinMax"]
 
 
-class MinMax(Part):
+class MinMax(Range):
     """The whole span of the values; nothing is clipped."""
 
     def limits(

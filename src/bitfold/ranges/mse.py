@@ -4,13 +4,13 @@ from pydantic import Field
 from torch import Tensor
 
 from bitfold.numerics import TensorScheme
-from bitfold.part import Part
+from bitfold.ranges.range import Range
 from bitfold.ranges.search import search_shrinkage
 
 __all__ = ["Mse"]
 
 
-class Mse(Part):
+class Mse(Range):
     """Shrinks min-max to the step of least Σ|x̂ − x|^power."""
 
     smallest: float = Field(default=0.4, gt=0, lt=1)

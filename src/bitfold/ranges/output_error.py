@@ -5,13 +5,14 @@ from pydantic import Field
 from torch import Tensor
 
 from bitfold.numerics import TensorScheme
-from bitfold.part import Need, Part
+from bitfold.part import Need
+from bitfold.ranges.range import Range
 from bitfold.ranges.search import search_shrinkage
 
 __all__ = ["OutputError"]
 
 
-class OutputError(Part):
+class OutputError(Range):
     """Shrinks min-max to the step of least ‖ΔW_g X_gᵀ‖² per row and group g.
 
     With the inputs' second moment G = E[xxᵀ] the error of a group is δ G_gg δᵀ, where G_gg is the group's diagonal

@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from bitfold.numerics import TensorScheme
-from bitfold.part import Part
+from bitfold.ranges.range import Range
 
 __all__ = ["Percentile"]
 
@@ -15,7 +15,7 @@ __all__ = ["Percentile"]
 _LARGEST = 2**24
 
 
-class Percentile(Part):
+class Percentile(Range):
     """The range between the (100 − p)th and the pth percentile."""
 
     p: float = Field(default=99.9, gt=50, le=100)

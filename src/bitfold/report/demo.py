@@ -34,7 +34,9 @@ def run_demo(out: Path, progress: Callable[[int, int, str], None]) -> list[dict[
         path = out / f"{method}-{scheme}"
         made = _quantize(path, method, scheme)
         progress(2 * number + 2, steps, f"measuring {method} {scheme}")
-        costs = {key: made[key] for key in ("bits_per_weight", "size_bytes", "seconds", "peak_rss_mb")}
+        costs = {
+            key: made[key] for key in ("bits_per_weight", "size_bytes", "seconds", "peak_rss_mb")
+        }
         rows.append(_measure(path, method, scheme) | costs | {"out": str(path)})
     return rows
 
@@ -42,14 +44,13 @@ def run_demo(out: Path, progress: Callable[[int, int, str], None]) -> list[dict[
 def print_demo(rows: list[dict[str, Any]]) -> None:
     """The table, a sentence from each model, and what to try next."""
     console = terminal.console()
-    columns = ["method", "scheme", "bits/weight", "size", "perplexity", "KL", "agreement", "time", "memory"]
+    columns = ["method", "bits/w", "size", "ppl", "KL", "top-1", "time", "memory"]
     cells = [
         [
-            row["method"],
-            row["scheme"],
+            f"{row['method']} {row['scheme']}",
             f"{row['bits_per_weight']:.2f}",
             terminal.human_bytes(row["size_bytes"]),
-            f"{row['perplexity']:.2f}",
+            f"{row['perplexity']:.1f}",
             f"{row['kl_mean']:.4f}",
             f"{row['top1_agreement']:.1%}",
             "–" if row["seconds"] is None else terminal.human_seconds(row["seconds"]),
@@ -59,7 +60,9 @@ def print_demo(rows: list[dict[str, Any]]) -> None:
     ]
     title = f"tiny-llama (embedded, 5.8M parameters) on {rows[0]['tokens']:,} tokens of WikiText-2, {LENGTH} a window"
     console.print(terminal.table(columns, cells, title=title))
-    console.print("Bits per weight count scales and zero-points; KL is to the original, in nats per token.\n")
+    console.print(
+        "Bits per weight count scales and zero-points; KL is to the original, in nats per token.\n"
+    )
     console.print(f"[bold]{PROMPT} …[/]")
     for row in rows:
         sentence = " ".join(row["sentence"].split())
@@ -73,10 +76,23 @@ def print_demo(rows: list[dict[str, Any]]) -> None:
 
 def _quantize(path: Path, method: str, scheme: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "bitfold", "quantize", str(DEMO_MODEL), "-o", str(path)]
-    command += ["--method", method, "--scheme", scheme, "--samples", "64", "--sequence-length", str(LENGTH)]
-    done = subprocess.run([*command, "--overwrite", "--json"], capture_output=True, text=True, check=False)
+    command += [
+        "--method",
+        method,
+        "--scheme",
+        scheme,
+        "--samples",
+        "64",
+        "--sequence-length",
+        str(LENGTH),
+    ]
+    done = subprocess.run(
+        [*command, "--overwrite", "--json"], capture_output=True, text=True, check=False
+    )
     if done.returncode:
-        raise BitfoldError(done.stderr.strip().removeprefix("Error: ") or f"{' '.join(command)} failed.")
+        raise BitfoldError(
+            done.stderr.strip().removeprefix("Error: ") or f"{' '.join(command)} failed."
+        )
     made: dict[str, Any] = json.loads(done.stdout)
     return made
 

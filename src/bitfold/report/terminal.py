@@ -57,11 +57,19 @@ def human_seconds(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
-    """A plain table; every column but the first is right-aligned."""
+def table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    title: str | None = None,
+    *,
+    left: bool = False,
+) -> Table:
+    """A plain table; every column but the first is right-aligned unless `left`."""
     result = Table(title=title, title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
-        result.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+        result.add_column(
+            column, justify="left" if left or index == 0 else "right", overflow="fold"
+        )
     for row in rows:
         result.add_row(*(escape(cell) for cell in row))
     return result
@@ -83,7 +91,9 @@ def evaluation_table(figures: Mapping[str, Mapping[str, Any]]) -> Table:
             str(row["sequence_length"]),
         ]
         if compared:
-            cells += [_number(row[key], ".5f") for key in ("kl_mean", "kl_se", "kl_median", "kl_p99")]
+            cells += [
+                _number(row[key], ".5f") for key in ("kl_mean", "kl_se", "kl_median", "kl_p99")
+            ]
             cells.append(_number(row["top1_agreement"], ".1%"))
         rows.append(cells)
     return table(columns, rows)
@@ -98,16 +108,10 @@ def layer_table(layers: Sequence[Mapping[str, Any]]) -> Table:
     for (kind, scheme), members in by_kind.items():
         errors = [member["relative_error"] for member in members]
         worst = max(members, key=lambda member: member["relative_error"])
-        rows.append(
-            [
-                kind,
-                scheme,
-                str(len(members)),
-                f"{sum(errors) / len(errors):.2%}",
-                f"{worst['relative_error']:.2%} ({worst['name']})",
-            ]
-        )
-    return table(["layer", "scheme", "count", "mean output error", "worst"], rows)
+        block = next(part for part in worst["name"].split(".") if part.isdigit())
+        mean = f"{sum(errors) / len(errors):.2%}"
+        rows.append([kind, scheme, str(len(members)), mean, f"{max(errors):.2%} in block {block}"])
+    return table(["layer", "scheme", "count", "output error", "worst"], rows)
 
 
 def description_tables(content: Mapping[str, Any]) -> list[Table]:
@@ -119,7 +123,10 @@ def description_tables(content: Mapping[str, Any]) -> list[Table]:
         ("heads", f"{content['heads']} ({content['kv_heads']} KV) of {content['head_dim']}"),
         ("vocabulary", f"{content['vocabulary']:,}{', head tied' if content['tied_head'] else ''}"),
         ("size", f"{human_bytes(content['size_bytes'])} in {content['tensors']} tensors"),
-        ("dtypes", ", ".join(f"{k} {human_bytes(v)}" for k, v in content["bytes_by_dtype"].items())),
+        (
+            "dtypes",
+            ", ".join(f"{k} {human_bytes(v)}" for k, v in content["bytes_by_dtype"].items()),
+        ),
     ]
     for key in ("format", "method", "scheme"):
         if key in content:
@@ -127,7 +134,10 @@ def description_tables(content: Mapping[str, Any]) -> list[Table]:
     if "bits_per_weight" in content:
         probe, source = content["probe"], content["provenance"]["source"]["model"]
         facts += [
-            ("bits per weight", f"{content['bits_per_weight']:.3f} (scales and zero-points counted)"),
+            (
+                "bits per weight",
+                f"{content['bits_per_weight']:.3f} (scales and zero-points counted)",
+            ),
             ("KL on the probe", f"{probe['kl_mean']:.4f} over {probe['tokens']} tokens"),
             ("made from", f"{source}, bitfold {content['provenance']['bitfold']['version']}"),
         ]

@@ -1,33 +1,13 @@
 """Ways of rounding, one file each. A new one is a new file and a line here.
 
-Each is a `Part` with `solve(weight, limits, scheme, scale_dtype, gram) → QuantizedTensor`.
+Each is a `Rounding`: `solve(weight, limits, scheme, scale_dtype, gram) → QuantizedTensor`.
 """
 
-from typing import Protocol
-
-import torch
-from torch import Tensor
-
-from bitfold.numerics import QuantizedTensor, TensorScheme
-from bitfold.part import Part
 from bitfold.rounding.nearest import Nearest
+from bitfold.rounding.rounding import Rounding
 
-__all__ = ["ROUNDINGS", "Rounding"]
+__all__ = ["ROUNDINGS", "Nearest", "Rounding"]
 
-
-class Rounding(Protocol):
-    """Makes codes of a weight [out, in] once its limits are known."""
-
-    def solve(
-        self,
-        weight: Tensor,
-        limits: tuple[Tensor, Tensor],
-        scheme: TensorScheme,
-        scale_dtype: torch.dtype,
-        gram: Tensor | None = None,
-    ) -> QuantizedTensor: ...
-
-
-ROUNDINGS: dict[str, type[Part]] = {
+ROUNDINGS: dict[str, type[Rounding]] = {
     "nearest": Nearest,
 }

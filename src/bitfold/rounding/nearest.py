@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 
 from bitfold.numerics import QuantizedTensor, TensorScheme
-from bitfold.part import Part
+from bitfold.rounding.rounding import Rounding
 
 __all__ = ["Nearest"]
 
 
-class Nearest(Part):
+class Nearest(Rounding):
     """Every weight goes to the nearest code within the range."""
 
     def solve(

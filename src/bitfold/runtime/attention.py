@@ -41,7 +41,12 @@ def set_head_quantizers(attention: torch.nn.Module, quantizers: HeadQuantizers |
 
 
 def _attention(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: object, **kwargs: object
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *args: object,
+    **kwargs: object,
 ) -> tuple[Tensor, Tensor | None]:
     quantizers: HeadQuantizers | None = getattr(module, _ATTRIBUTE, None)
     if quantizers is not None:

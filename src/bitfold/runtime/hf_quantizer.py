@@ -1,15 +1,10 @@
-"""Makes `from_pretrained` load artifacts in bitfold's own format, once `register` was called."""
+"""Makes `from_pretrained` load artifacts in bitfold's own format, once this module is imported."""
 
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.quantizers import HfQuantizer
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bitfold.errors import CheckpointError, RecipeError
@@ -18,16 +13,10 @@ from bitfold.numerics import Scheme
 from bitfold.runtime.attention import ATTENTION, HeadQuantizers, set_head_quantizers
 from bitfold.runtime.quantized_linear import QuantizedLinear
 
-__all__ = ["BitfoldConfig", "BitfoldHfQuantizer", "register"]
+__all__ = ["BitfoldConfig", "BitfoldHfQuantizer"]
 
 
-def register() -> None:
-    """Teach transformers the format; more than once does no harm. Importing bitfold does it."""
-    if native.NAME not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(native.NAME)(BitfoldConfig)
-        register_quantizer(native.NAME)(BitfoldHfQuantizer)
-
-
+@register_quantization_config(native.NAME)
 class BitfoldConfig(QuantizationConfigMixin):
     """The `quantization_config` that `bitfold.export.native.config` writes."""
 
@@ -40,6 +29,7 @@ class BitfoldConfig(QuantizationConfigMixin):
         return dict(self.settings)
 
 
+@register_quantizer(native.NAME)
 class BitfoldHfQuantizer(HfQuantizer):
     """Puts in `QuantizedLinear`s for linear layers, and quantizers into attention modules."""
 

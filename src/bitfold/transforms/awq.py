@@ -14,15 +14,16 @@ from torch import Tensor
 
 from bitfold.models.family import Site
 from bitfold.numerics import Scheme, fake_quantize_dynamic, to_groups
-from bitfold.part import Need, Part
+from bitfold.part import Need
 from bitfold.statistics import InputStatistics
 from bitfold.transforms.diagonal import on_inputs, per_entry, reader_weights, takes_diagonal
+from bitfold.transforms.site_transform import SiteTransform
 from bitfold.transforms.transform import Heads, Transform
 
 __all__ = ["Awq"]
 
 
-class Awq(Part):
+class Awq(SiteTransform):
     """steps: values of r tried, from 0 (nothing) to 1. weight_aware: also try each r with the weights' own share."""
 
     needs = frozenset[Need]({"channels", "gram"})
@@ -42,10 +43,14 @@ class Awq(Part):
 
         weights: the block's, [out, in] each; statistics: of the readers' input; schemes: of the readers, by name.
         """
-        if not takes_diagonal(site) or all(schemes[reader].weight is None for reader in site.readers):
+        if not takes_diagonal(site) or all(
+            schemes[reader].weight is None for reader in site.readers
+        ):
             return None
         magnitude = per_entry(statistics.absmean, site, heads, "mean").clamp(min=1e-8)
-        share = per_entry(_weight_share(weights, site, schemes), site, heads, "mean").clamp(min=1e-8)
+        share = per_entry(_weight_share(weights, site, schemes), site, heads, "mean").clamp(
+            min=1e-8
+        )
         gram = statistics.gram
         best, best_error = torch.ones_like(magnitude), torch.inf
         for r in torch.linspace(0, 1, self.steps + 1).tolist():
@@ -60,9 +65,13 @@ class Awq(Part):
         return Transform(site, best)
 
 
-def _weight_share(weights: Mapping[str, Tensor], site: Site, schemes: Mapping[str, Scheme]) -> Tensor:
+def _weight_share(
+    weights: Mapping[str, Tensor], site: Site, schemes: Mapping[str, Scheme]
+) -> Tensor:
     """Per input channel [in]: mean over the rows of |w| / the largest |w| of its group."""
-    scheme = next(s.weight for s in (schemes[reader] for reader in site.readers) if s.weight is not None)
+    scheme = next(
+        s.weight for s in (schemes[reader] for reader in site.readers) if s.weight is not None
+    )
     groups = to_groups(reader_weights(weights, site).abs(), scheme)
     relative = groups / groups.amax(dim=-1, keepdim=True).clamp(min=1e-12)
     return relative.reshape(-1, relative.shape[-1] * relative.shape[-2]).mean(dim=0)

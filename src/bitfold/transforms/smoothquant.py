@@ -14,15 +14,16 @@ from torch import Tensor
 
 from bitfold.models.family import NormSite, Site
 from bitfold.numerics import Scheme, fake_quantize_dynamic
-from bitfold.part import Need, Part
+from bitfold.part import Need
 from bitfold.statistics import InputStatistics
 from bitfold.transforms.diagonal import on_inputs, per_entry, reader_weights, takes_diagonal
+from bitfold.transforms.site_transform import SiteTransform
 from bitfold.transforms.transform import Heads, Transform
 
 __all__ = ["SmoothQuant", "smoothing_scale"]
 
 
-class SmoothQuant(Part):
+class SmoothQuant(SiteTransform):
     """alpha: the share of the difficulty that moves into the weights, or `search`: per site, of the candidates the
     one of least error on the readers' own output, with weights and activations quantized by the scheme.
     sites: `all` that take a diagonal, or `norms` as in the paper."""
@@ -53,8 +54,14 @@ class SmoothQuant(Part):
             return Transform(site, smoothing_scale(peak, weight_peak, self.alpha))
         best, best_error = torch.ones_like(peak), torch.inf
         for alpha in (None, *self.candidates):
-            scale = torch.ones_like(peak) if alpha is None else smoothing_scale(peak, weight_peak, alpha)
-            error = _output_error(on_inputs(scale, site, heads), site, weights, statistics.rows, schemes)
+            scale = (
+                torch.ones_like(peak)
+                if alpha is None
+                else smoothing_scale(peak, weight_peak, alpha)
+            )
+            error = _output_error(
+                on_inputs(scale, site, heads), site, weights, statistics.rows, schemes
+            )
             if error < best_error:
                 best, best_error = scale, error
         return Transform(site, best)
@@ -63,7 +70,9 @@ class SmoothQuant(Part):
 def smoothing_scale(peak: Tensor, weight_peak: Tensor, alpha: float) -> Tensor:
     """s = peak^α / weight_peak^(1−α) [n], 1 where a channel is dead, of geometric mean 1."""
     dead = (peak <= 0) | (weight_peak <= 0)
-    logarithm = alpha * peak.clamp(min=1e-30).log() - (1 - alpha) * weight_peak.clamp(min=1e-30).log()
+    logarithm = (
+        alpha * peak.clamp(min=1e-30).log() - (1 - alpha) * weight_peak.clamp(min=1e-30).log()
+    )
     logarithm = torch.where(dead, torch.zeros_like(logarithm), logarithm)
     mean = logarithm.sum() / (~dead).sum().clamp(min=1)
     return torch.where(dead, torch.ones_like(logarithm), (logarithm - mean).clamp(-11, 11).exp())

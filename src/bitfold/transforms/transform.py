@@ -113,7 +113,9 @@ def _fold_value_output(
     return folded
 
 
-def _fold_pair(weights: Weights, first: str, second: str, transform: Transform) -> dict[str, Tensor]:
+def _fold_pair(
+    weights: Weights, first: str, second: str, transform: Transform
+) -> dict[str, Tensor]:
     folded = dict(weights)
     folded[f"{first}.weight"] = weights[f"{first}.weight"] / transform.scale.unsqueeze(-1)
     if f"{first}.bias" in weights:
