@@ -145,10 +145,9 @@ def _read_line(line: str, where: str, tokenizer: PreTrainedTokenizerBase) -> str
         raise DataError(f"{where}: broken JSON ({error}): one object per line is needed") from error
     if not isinstance(record, dict) or not {"text", "messages"} & record.keys():
         raise DataError(f"{where}: neither 'text' nor 'messages': every line needs one of them")
-    if "text" in record:
-        text = record["text"]
-    else:
-        text = _render_chat(record["messages"], where, tokenizer)
+    text = (
+        record["text"] if "text" in record else _render_chat(record["messages"], where, tokenizer)
+    )
     if not isinstance(text, str):
         raise DataError(f"{where}: 'text' must be a string, not {type(text).__name__}")
     if re.search("[\ud800-\udfff]", text):  # JSON can spell what no tokenizer takes

@@ -32,5 +32,5 @@ OPT = Family(
     attention="self_attn",
     sites=_sites,
     inputs=(_QKV, ("self_attn.out_proj",), ("fc1",), ("fc2",)),
-    flattened_inputs=("fc1",),
+    flattened_inputs=("fc1", "fc2"),
 )
