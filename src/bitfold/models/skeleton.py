@@ -254,21 +254,18 @@ def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
 
     Raises CheckpointError where it cannot be read.
     """
-    file = checkpoint.path / "config.json"
-    if not isinstance(checkpoint.config.get("model_type"), str):
-        raise CheckpointError(f"{file} names no model_type.")
     try:
         return AutoConfig.from_pretrained(checkpoint.path)
     except Exception as error:
         # transformers and huggingface_hub raise a dozen classes here, all about this file.
         raise CheckpointError(
-            f"{file} is not a valid config ({' '.join(str(error).split())})."
+            f"{checkpoint.path / 'config.json'} is not a valid config ({' '.join(str(error).split())})."
         ) from error
 
 
 def _original_config(checkpoint: Checkpoint) -> PretrainedConfig:
     """The config of a checkpoint that can be quantized: of a known family, and not quantized yet."""
-    family_of(str(checkpoint.config.get("model_type")))
+    family_of(checkpoint.config["model_type"])
     if "quantization_config" in checkpoint.config:
         method = checkpoint.config["quantization_config"].get("quant_method", "?")
         raise CheckpointError(

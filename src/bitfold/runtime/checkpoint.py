@@ -1,31 +1,22 @@
-"""Find a checkpoint's directory and look at its files before anything is loaded.
-
-transformers answers a damaged checkpoint with a traceback from deep inside, or not at all; every
-check here ends in one sentence that names the file.
-"""
+"""Find a checkpoint's directory, and look at its files before anything is loaded."""
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 from huggingface_hub.errors import RepositoryNotFoundError
-from safetensors import SafetensorError, safe_open
 
 from bitfold.errors import CheckpointError
+from bitfold.models.checkpoint import Checkpoint
 
-__all__ = ["check_checkpoint", "find_checkpoint", "read_json"]
+__all__ = ["check_checkpoint", "find_checkpoint"]
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 HUB_TIMEOUT_SECONDS = 10.0
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 
 
 def find_checkpoint(model: str | Path, *, with_code: bool = False) -> Path:
@@ -72,96 +63,24 @@ def _fetch(name: str, patterns: list[str]) -> Path:
     return Path(directory)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of a checkpoint; CheckpointError if it is not there or not one."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{path.parent} has no {path.name}: is it the directory of a Hugging Face checkpoint?"
-        ) from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON
-        raise CheckpointError(
-            f"{path} is not valid JSON ({_first_line(error)}): copy or download it again"
-        ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not a {type(content).__name__}")
-    return content
-
-
 def check_checkpoint(directory: Path) -> None:
     """Raise CheckpointError unless configuration and every weight file can be read.
 
     Of the weights only the headers are read, so this is quick whatever the size of the model.
     """
-    config = read_json(directory / "config.json")
-    if not isinstance(config.get("model_type"), str):
-        raise CheckpointError(
-            f"{directory / 'config.json'} names no model_type: is it a transformers configuration?"
-        )
-    if (directory / WEIGHTS).is_file():
-        names = _tensor_names(directory / WEIGHTS)
-    elif (directory / INDEX).is_file():
-        names = _check_shards(directory)
-    elif pickles := sorted(found.name for glob in PICKLES for found in directory.glob(glob)):
-        raise CheckpointError(
-            f"{directory} has its weights only in {pickles[0]}, a pickle, which can run any code"
-            " when opened and is refused: convert it to safetensors"
-        )
-    else:
-        raise CheckpointError(f"{directory} has no weights: neither {WEIGHTS} nor {INDEX}")
-    quantization = config.get("quantization_config")
+    checkpoint = Checkpoint(directory)
+    quantization = checkpoint.config.get("quantization_config")
     if isinstance(quantization, dict) and quantization.get("quant_method") == "compressed-tensors":
-        _check_scaled_weights(directory, names)
+        _check_scaled_weights(directory, checkpoint.tensors)
 
 
-def _check_scaled_weights(directory: Path, names: set[str]) -> None:
+def _check_scaled_weights(directory: Path, names: Collection[str]) -> None:
     """Find the missing int8 weights: transformers fails as it tries to make up random ones."""
     for name in sorted(names):
         module = name.removesuffix("weight_scale")
-        if module != name and not {f"{module}weight", f"{module}weight_packed"} & names:
+        scaled = (f"{module}weight", f"{module}weight_packed")
+        if module != name and not any(weight in names for weight in scaled):
             raise CheckpointError(
-                f"{directory} has {name} but not the weight it scales: the checkpoint is incomplete"
+                f"{directory} has {name} but not the weight it scales: the checkpoint is incomplete; "
+                "copy or download it again."
             )
-
-
-def _check_shards(directory: Path) -> set[str]:
-    """The names of all tensors, after a look into every shard."""
-    index = directory / INDEX
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index} has no weight_map: copy or download it again")
-    shards: dict[str, set[str]] = {}
-    for tensor, shard in weight_map.items():
-        # A shard outside the directory would make the checkpoint read files it was not given.
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise CheckpointError(f"{index} places {tensor} in {shard!r}, which is no file name")
-        shards.setdefault(shard, set()).add(tensor)
-    for shard, tensors in sorted(shards.items()):
-        if not (directory / shard).is_file():
-            raise CheckpointError(
-                f"{directory} has no {shard}, which {INDEX} names: copy or download it again"
-            )
-        if absent := sorted(tensors - _tensor_names(directory / shard)):
-            raise CheckpointError(
-                f"{directory / shard} does not hold {absent[0]}, as {INDEX} says"
-                f" ({len(absent)} missing): shards and index are of different checkpoints"
-            )
-    return set(weight_map)
-
-
-def _tensor_names(path: Path) -> set[str]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return set(file.keys())
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} is truncated or not a safetensors file ({_first_line(error)}):"
-            " copy or download it again"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")

@@ -21,7 +21,8 @@ from transformers import (
 from transformers.utils import logging
 
 from bitfold.errors import BitfoldError, CheckpointError
-from bitfold.runtime.checkpoint import check_checkpoint, find_checkpoint, read_json
+from bitfold.models.headers import read_json
+from bitfold.runtime.checkpoint import check_checkpoint, find_checkpoint
 from bitfold.runtime.device import resolve_device, resolve_dtype
 
 __all__ = ["load", "load_tokenizer"]
