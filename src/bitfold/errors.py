@@ -14,6 +14,7 @@ The command line prints the sentence and exits with 1; anything else that is rai
 """
 
 import difflib
+import re
 from collections.abc import Iterable
 
 __all__ = [
@@ -31,7 +32,15 @@ __all__ = [
 
 
 class BitfoldError(Exception):
-    """Base of every error that is the input's or the machine's, not bitfold's."""
+    """Base of every error that is the input's or the machine's, not bitfold's.
+
+    >>> BitfoldError("There is no file a.txt")
+    BitfoldError('There is no file a.txt.')
+    """
+
+    def __init__(self, sentence: str) -> None:
+        """Whatever libraries put into it, a sentence is one line and ends with a full stop."""
+        super().__init__(re.sub(r"\s*\n\s*", " ", sentence).rstrip(". ") + ".")
 
 
 class RecipeError(BitfoldError):
