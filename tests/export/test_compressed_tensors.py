@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tiny_artifacts import (
-    Checkpoint,
     Quantized,
     SchemeOf,
     assert_same_tensor,
@@ -36,6 +35,7 @@ from transformers import AutoModelForCausalLM
 from bitfold.export import compressed_tensors
 from bitfold.export.layout import Choice, LayerEntry, Layout, Refusal
 from bitfold.numerics import QuantizedTensor, Scheme, TensorScheme
+from models_zoo import Zoo
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 
@@ -159,7 +159,7 @@ def assert_exact(quantized: Quantized, out: Path, dtype: torch.dtype) -> Choice:
 )
 @pytest.mark.parametrize("case", CASES)
 def test_loads_exactly(
-    case: str, family: str, dtype: torch.dtype, checkpoint: Checkpoint, tmp_path: Path
+    case: str, family: str, dtype: torch.dtype, checkpoint: Zoo, tmp_path: Path
 ) -> None:
     scheme_of, formats, dequantize = CASES[case]
     choice = assert_exact(
@@ -171,19 +171,19 @@ def test_loads_exactly(
 
 @pytest.mark.parametrize("family", ["mistral", "qwen3", "gemma", "opt-350m"])
 @pytest.mark.parametrize("case", ["w4a16g32", "w4a4q4kv4", "w4a16kv4"])
-def test_other_families(case: str, family: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_other_families(case: str, family: str, checkpoint: Zoo, tmp_path: Path) -> None:
     quantized = quantize(checkpoint(family, FLOAT32), CASES[case][0])
     assert_exact(quantized, tmp_path / "artifact", FLOAT32)
 
 
 @pytest.mark.parametrize("case", ["w4a16g32", "w4a4q4kv4", "w8a8 static", "wfp8afp8"])
-def test_bfloat16_checkpoint_in_float32(case: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_bfloat16_checkpoint_in_float32(case: str, checkpoint: Zoo, tmp_path: Path) -> None:
     quantized = quantize(checkpoint("llama", BFLOAT16), CASES[case][0])
     assert_exact(quantized, tmp_path / "artifact", FLOAT32)
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
-def test_generates_with_a_cache(family: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_generates_with_a_cache(family: str, checkpoint: Zoo, tmp_path: Path) -> None:
     quantized = quantize(checkpoint(family, FLOAT32), everywhere(scheme("w4a4q4kv4")))
     choice = write(quantized, tmp_path / "artifact", compressed_tensors)
     prompt = torch.arange(10).reshape(1, 10)
@@ -194,7 +194,7 @@ def test_generates_with_a_cache(family: str, checkpoint: Checkpoint, tmp_path: P
     )
 
 
-def test_flattened_inputs_matter(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_flattened_inputs_matter(checkpoint: Zoo, tmp_path: Path) -> None:
     """OPT's fc1 and fc2 are given [tokens, features], which a `token` would take for one token."""
     quantized = quantize(checkpoint("opt", FLOAT32), everywhere(scheme("w4a4")))
     choice = write(quantized, tmp_path / "artifact", compressed_tensors)
@@ -226,7 +226,7 @@ assert not any(name.split(".")[0] == "bitfold" for name in sys.modules)
 """
 
 
-def test_without_bitfold(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_without_bitfold(checkpoint: Zoo, tmp_path: Path) -> None:
     """In a process that cannot even import bitfold."""
     wanted: dict[Path, Tensor] = {}
     for family, case, dtype in [

@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from tiny_artifacts import (
-    Checkpoint,
     SchemeOf,
     assert_same_tensor,
     by_depth,
@@ -33,6 +32,7 @@ from bitfold.errors import CheckpointError, RecipeError
 from bitfold.export import native
 from bitfold.export.layout import Refusal, WeightFormat
 from bitfold.numerics import QuantizedTensor, Scheme, TensorScheme
+from models_zoo import Zoo
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 TOKEN4 = TensorScheme(bits=4, symmetric=False, granularity="token")
@@ -67,7 +67,7 @@ CASES: dict[str, SchemeOf] = {
 )
 @pytest.mark.parametrize("case", CASES)
 def test_loads_exactly(
-    case: str, family: str, dtype: torch.dtype, checkpoint: Checkpoint, tmp_path: Path
+    case: str, family: str, dtype: torch.dtype, checkpoint: Zoo, tmp_path: Path
 ) -> None:
     quantized = quantize(checkpoint(family, dtype), CASES[case])
     choice = write(quantized, tmp_path / "artifact", native)
@@ -80,14 +80,14 @@ def test_loads_exactly(
         assert (loaded - logits(weights_only)).abs().max() > 0.02
 
 
-def test_bfloat16_checkpoint_in_float32(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_bfloat16_checkpoint_in_float32(checkpoint: Zoo, tmp_path: Path) -> None:
     quantized = quantize(checkpoint("llama", BFLOAT16), CASES["nf4 and w4a4 static"])
     choice = write(quantized, tmp_path / "artifact", native)
     loaded = load(tmp_path / "artifact", dtype=FLOAT32, device_map={"": "cpu"})
     assert torch.equal(logits(loaded), logits(simulate(quantized, choice, FLOAT32)))
 
 
-def test_saves_and_loads_again(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_saves_and_loads_again(checkpoint: Zoo, tmp_path: Path) -> None:
     quantized = quantize(checkpoint("qwen2", FLOAT32), CASES["w4a4q4kv8"])
     write(quantized, tmp_path / "artifact", native)
     loaded = load(tmp_path / "artifact")
@@ -95,7 +95,7 @@ def test_saves_and_loads_again(checkpoint: Checkpoint, tmp_path: Path) -> None:
     assert torch.equal(logits(load(tmp_path / "again")), logits(loaded))
 
 
-def test_generates_with_a_cache(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_generates_with_a_cache(checkpoint: Zoo, tmp_path: Path) -> None:
     quantized = quantize(checkpoint("opt", FLOAT32), CASES["w4a4q4kv8"])
     choice = write(quantized, tmp_path / "artifact", native)
     prompt = torch.arange(10).reshape(1, 10)
@@ -121,7 +121,7 @@ for directory, options in [(sys.argv[1], {}), (sys.argv[2], {}), (sys.argv[2], a
 """
 
 
-def test_does_not_load_without_bitfold(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_does_not_load_without_bitfold(checkpoint: Zoo, tmp_path: Path) -> None:
     """transformers just warns of an unknown method: the attention, or the shapes, must stop it."""
     outs = [tmp_path / case for case in ("w16a16q4kv8", "fp8 and w8a8 static")]
     for out in outs:
@@ -142,7 +142,7 @@ def test_does_not_load_without_bitfold(checkpoint: Checkpoint, tmp_path: Path) -
     assert "size mismatch" in done.stderr
 
 
-def test_refuses_other_attention(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_refuses_other_attention(checkpoint: Zoo, tmp_path: Path) -> None:
     write(quantize(checkpoint("llama", FLOAT32), CASES["w4a4q4kv8"]), tmp_path / "kv", native)
     with pytest.raises(RecipeError, match="'eager' cannot quantize queries"):
         load(tmp_path / "kv", attn_implementation="eager")
@@ -162,7 +162,7 @@ def test_refuses_other_attention(checkpoint: Checkpoint, tmp_path: Path) -> None
     ],
 )
 def test_bad_config(
-    path: list, value: object, message: str, checkpoint: Checkpoint, tmp_path: Path
+    path: list, value: object, message: str, checkpoint: Zoo, tmp_path: Path
 ) -> None:
     write(quantize(checkpoint("llama", FLOAT32), CASES["w4a4q4kv8"]), tmp_path / "out", native)
     config_file = tmp_path / "out" / "config.json"

@@ -11,17 +11,7 @@ import torch
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    GemmaConfig,
-    LlamaConfig,
-    MistralConfig,
-    OPTConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bitfold.export.layout import (
     AttentionEntry,
@@ -35,15 +25,12 @@ from bitfold.numerics import QuantizedTensor, Scheme, TensorScheme, scale_and_ze
 from bitfold.numerics.scheme import GridName
 from bitfold.runtime.activation import quantize_input
 from bitfold.runtime.attention import ATTENTION, HeadQuantizers, set_head_quantizers
+from models_zoo import TOKENS
 
 __all__ = [
-    "CONFIGS",
-    "TOKENS",
-    "Checkpoint",
     "Quantized",
     "SchemeOf",
     "assert_same_tensor",
-    "build",
     "by_depth",
     "by_kind",
     "everywhere",
@@ -62,29 +49,6 @@ __all__ = [
 SchemeOf = Callable[[str], Scheme]
 """The scheme of a linear layer or an attention module, given its name."""
 
-Checkpoint = Callable[[str, torch.dtype], Path]
-"""The directory of a tiny random checkpoint, given a key of CONFIGS and a dtype."""
-
-TOKENS = torch.arange(2 * 24).reshape(2, 24).mul(37).remainder(96)
-
-_SIZES: dict[str, Any] = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2}
-_LLAMA = _SIZES | {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96}
-_OPT = _SIZES | {
-    "num_attention_heads": 4,
-    "ffn_dim": 96,
-    "max_position_embeddings": 64,
-    "dropout": 0.0,
-}
-CONFIGS: dict[str, PretrainedConfig] = {
-    "llama": LlamaConfig(**_LLAMA),
-    "mistral": MistralConfig(**_LLAMA, sliding_window=8),
-    "qwen2": Qwen2Config(**_LLAMA, tie_word_embeddings=True),
-    "qwen3": Qwen3Config(**_LLAMA, head_dim=32),
-    "gemma": GemmaConfig(**_LLAMA, head_dim=32),
-    "opt": OPTConfig(**_OPT, word_embed_proj_dim=64),
-    "opt-350m": OPTConfig(**_OPT, word_embed_proj_dim=32, do_layer_norm_before=False),
-}
-
 
 @dataclass(frozen=True)
 class Quantized:
@@ -93,19 +57,6 @@ class Quantized:
     checkpoint: Path
     layout: Layout
     weights: Mapping[str, QuantizedTensor]
-
-
-def build(family: str, dtype: torch.dtype, directory: Path) -> Path:
-    """A random checkpoint whose logits are far from uniform, and norms and biases from trivial."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family])
-    for parameter in model.parameters():
-        if parameter.ndim == 2:
-            parameter.data = torch.randn_like(parameter) * 0.15
-        else:
-            parameter.data += torch.randn_like(parameter) * 0.3
-    model.to(dtype).save_pretrained(directory)
-    return directory
 
 
 def scheme(
