@@ -9,7 +9,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as TimeLeft
 from typer.core import TyperGroup
 
@@ -321,12 +321,12 @@ def _nearest_option(error: Any) -> str:
 
 
 @contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int, str], None]]:
+def _progress(what: str) -> Iterator[Callable[[float, int, str], None]]:
     """A bar on stderr with the time left, shown once there is something to count."""
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        TaskProgressColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeLeft(),
@@ -336,7 +336,7 @@ def _progress(what: str) -> Iterator[Callable[[int, int, str], None]]:
     with bar:
         task = bar.add_task(what, total=None)
 
-        def update(done: int, total: int, doing: str) -> None:
+        def update(done: float, total: int, doing: str) -> None:
             bar.update(task, completed=done, total=total, description=f"{what}: {doing}")
 
         yield update

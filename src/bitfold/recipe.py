@@ -24,7 +24,7 @@ from bitfold.numerics import Scheme
 from bitfold.part import Need, Part
 from bitfold.ranges import RANGES, MinMax, Range
 from bitfold.rounding import ROUNDINGS, Nearest, Rounding
-from bitfold.transforms import TRANSFORMS, SiteTransform
+from bitfold.transforms import TRANSFORMS, BlockTransform, SiteTransform
 
 __all__ = ["LayerRule", "Recipe", "method_names", "method_text"]
 
@@ -79,7 +79,9 @@ def _named(known: Mapping[str, type[Part]]) -> PlainSerializer:
     return PlainSerializer(lambda part: {names[type(part)]: part.model_dump(mode="json")})
 
 
-TransformPart = Annotated[SiteTransform, _part("transform", TRANSFORMS), _named(TRANSFORMS)]
+TransformPart = Annotated[
+    SiteTransform | BlockTransform, _part("transform", TRANSFORMS), _named(TRANSFORMS)
+]
 RangePart = Annotated[Range, _part("range", RANGES), _named(RANGES)]
 RoundingPart = Annotated[Rounding, _part("rounding", ROUNDINGS), _named(ROUNDINGS)]
 

@@ -78,6 +78,7 @@ class QueryKey:
     rotary: Literal["none", "half-split"]
     query_norm: str | None = None
     key_norm: str | None = None
+    norm_offset: float = 0.0
 
     @property
     def readers(self) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ def gated_sites(
             "half-split",
             query_norm="self_attn.q_norm" if head_norms else None,
             key_norm="self_attn.k_norm" if head_norms else None,
+            norm_offset=norm_offset,
         ),
         ValueOutput("self_attn.v_proj", "self_attn.o_proj"),
         NormSite(mlp_norm, GATED_INPUTS[2], norm_offset),

@@ -1,27 +1,23 @@
 """One block: capture inputs ► fit transforms ► fold ► choose ranges ► round."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bitfold.errors import EquivalenceError
 from bitfold.models.skeleton import Skeleton
-from bitfold.numerics import QuantizedTensor, Scheme, scale_and_zero, to_groups
-from bitfold.part import Need
+from bitfold.numerics import QuantizedTensor, Scheme, TensorScheme, scale_and_zero, to_groups
 from bitfold.pipeline.hooks import InputQuantizer, capturing_inputs, quantizing
 from bitfold.pipeline.plan import Plan
-from bitfold.pipeline.streams import Streams, batches
+from bitfold.pipeline.rewrite import input_statistics, rewrite_block
+from bitfold.pipeline.streams import Streams
+from bitfold.recipe import Recipe
 from bitfold.statistics import InputStatistics
-from bitfold.transforms import fold
+from bitfold.transforms.block_transform import Clipping
 
 __all__ = ["QuantizedBlock", "quantize_block", "run_quantized"]
-
-# Relative change of a block's output by folding alone, above which it was no equivalence: float32 folds to
-# about 1e-6, a matrix outside the group to more than 1e-2.
-LARGEST_FOLDING_ERROR = {torch.float64: 1e-9, torch.float32: 1e-3}
-LARGEST_FOLDING_ERROR_HALF = 5e-2
 
 
 @dataclass(frozen=True)
@@ -31,6 +27,7 @@ class QuantizedBlock:
     tensors: quantized weights; plain: everything else, in the dtype of storage; inputs: how layers' inputs are
     quantized; all by name relative to the block. errors: relative error of each layer's output on the probe.
     unpacked_in: the dtype in which loaders compute the weights' values, where that is not the one they run in.
+    fits: figures of the transforms' fits.
     """
 
     tensors: dict[str, QuantizedTensor]
@@ -40,6 +37,7 @@ class QuantizedBlock:
     errors: dict[str, float]
     folding_error: float
     unpacked_in: torch.dtype | None = None
+    fits: list[dict[str, Any]] = field(default_factory=list)
 
     def weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """What the block's parameters are once loaded: the simulation."""
@@ -51,9 +49,14 @@ class QuantizedBlock:
 
 @torch.no_grad()
 def quantize_block(
-    skeleton: Skeleton, index: int, plan: Plan, streams: Streams, dtype: torch.dtype
+    skeleton: Skeleton,
+    index: int,
+    plan: Plan,
+    streams: Streams,
+    dtype: torch.dtype,
+    report: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> QuantizedBlock:
-    """Rewrite and round block `index`; the streams are read, not advanced.
+    """Rewrite and round block `index`; the streams are read, not advanced. `report` hears of the fits' progress.
 
     Raises EquivalenceError, naming the block and the error, where folding changed what the block computes.
     """
@@ -62,7 +65,8 @@ def quantize_block(
     schemes = plan.block_schemes(prefix)
     weights = skeleton.load_block(index, dtype)
 
-    folded, folding_error = _fold_transforms(skeleton, index, plan, schemes, streams, weights)
+    rewritten = rewrite_block(skeleton, index, plan, schemes, streams, weights, report)
+    folded = rewritten.weights
     quantized_names = {name for name, scheme in schemes.items() if scheme.weight is not None}
     plain = {
         name: value.to(plan.storage)
@@ -73,7 +77,7 @@ def quantize_block(
 
     late_needs = recipe.weight_range.needs | recipe.rounding.needs
     late_needs |= frozenset({"rows", "channels"}) if recipe.static_activations else frozenset()
-    statistics = _statistics(skeleton, index, plan, folded, streams, late_needs)
+    statistics = input_statistics(skeleton, index, plan, folded, streams, late_needs)
 
     tensors = {}
     for name in quantized_names:
@@ -82,7 +86,7 @@ def quantize_block(
         weight = folded[f"{name}.weight"].float()
         input_name = skeleton.family.input_of(name)
         gram = statistics[input_name].gram if "gram" in late_needs else None
-        limits = recipe.weight_range.limits(to_groups(weight, scheme), scheme, gram)
+        limits = _limits(weight, scheme, recipe, gram, rewritten.clipping.get(name))
         tensors[name] = recipe.rounding.solve(weight, limits, scheme, plan.storage, gram)
     tensors = {name: tensors[name] for name in schemes if name in tensors}
 
@@ -93,7 +97,16 @@ def quantize_block(
     }
     heads = plan.attention[f"{prefix}.{skeleton.family.attention}"]
     errors = _layer_errors(skeleton, index, folded, tensors, inputs, streams.probe_quantized)
-    return QuantizedBlock(tensors, plain, inputs, heads, errors, folding_error, plan.unpacked_in)
+    return QuantizedBlock(
+        tensors,
+        plain,
+        inputs,
+        heads,
+        errors,
+        rewritten.folding_error,
+        plan.unpacked_in,
+        rewritten.fits,
+    )
 
 
 def run_quantized(
@@ -113,58 +126,19 @@ def run_quantized(
     return run
 
 
-def _fold_transforms(
-    skeleton: Skeleton,
-    index: int,
-    plan: Plan,
-    schemes: Mapping[str, Scheme],
-    streams: Streams,
-    weights: dict[str, Tensor],
-) -> tuple[dict[str, Tensor], float]:
-    """The weights after every transform of the recipe, and the relative change of the block's output."""
-    folded = dict(weights)
-    for part in plan.recipe.transforms:
-        statistics = _statistics(skeleton, index, plan, folded, streams, part.needs)
-        for site in plan.sites:
-            if not site.readers:
-                continue
-            stats = statistics[skeleton.family.input_of(site.readers[0])]
-            transform = part.fit(site, folded, stats, schemes, plan.heads)
-            if transform is not None:
-                folded = fold(folded, transform, plan.heads, plan.storage)
-    if not plan.recipe.transforms:
-        return folded, 0.0
-    probe = streams.probe_original.to(skeleton.device)
-    before, after = skeleton.run(index, weights, probe), skeleton.run(index, folded, probe)
-    error = float((after - before).norm() / (before - probe).norm())
-    limit = LARGEST_FOLDING_ERROR.get(probe.dtype, LARGEST_FOLDING_ERROR_HALF)
-    if not error <= limit:
-        raise EquivalenceError(
-            f"Folding changed what {skeleton.block_name(index)} computes by {error:.2e} (relative; at most "
-            f"{limit:g} is rounding): the transforms {plan.recipe.method} found are no equivalence there."
-        )
-    return folded, error
-
-
-def _statistics(
-    skeleton: Skeleton,
-    index: int,
-    plan: Plan,
-    weights: Mapping[str, Tensor],
-    streams: Streams,
-    needs: frozenset[Need],
-) -> dict[str, InputStatistics]:
-    """Statistics of every distinct input of the block, by the name that stands for it; empty if nothing is needed."""
-    stream = streams.original if plan.recipe.stream == "original" else streams.quantized
-    if not needs or stream is None:
-        return {}
-    tokens = stream.shape[0] * stream.shape[1]
-    statistics = {shared[0]: InputStatistics(needs, tokens) for shared in skeleton.family.inputs}
-    receivers = {name: one.update for name, one in statistics.items()}
-    with capturing_inputs(skeleton.blocks[index], receivers):
-        for batch in batches(stream):
-            skeleton.run(index, weights, batch.to(skeleton.device))
-    return statistics
+def _limits(
+    weight: Tensor,
+    scheme: TensorScheme,
+    recipe: Recipe,
+    gram: Tensor | None,
+    clipping: Clipping | None,
+) -> tuple[Tensor, Tensor]:
+    """The limits of a weight's groups: learned with the transforms, or by the recipe's range."""
+    groups = to_groups(weight, scheme)
+    if clipping is None:
+        return recipe.weight_range.limits(groups, scheme, gram)
+    minimum, maximum = torch.aminmax(groups, dim=-1, keepdim=True)
+    return minimum * clipping.lower, maximum * clipping.upper
 
 
 def _input_quantizer(

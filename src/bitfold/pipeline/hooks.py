@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from bitfold.numerics import Scheme, TensorScheme
+from bitfold.numerics import Scheme, TensorScheme, fake_quantize_dynamic
 from bitfold.runtime.activation import quantize_input
 from bitfold.runtime.attention import HeadQuantizers, set_head_quantizers
 
@@ -46,11 +46,15 @@ def capturing_inputs(
 
 @contextmanager
 def quantizing(
-    block: nn.Module, inputs: Mapping[str, InputQuantizer], attention: str, heads: Scheme
+    block: nn.Module,
+    inputs: Mapping[str, Callable[[Tensor], Tensor]],
+    attention: str,
+    heads: Scheme,
+    on_heads: Callable[[Tensor, TensorScheme], Tensor] = fake_quantize_dynamic,
 ) -> Iterator[None]:
-    """Within this context the block runs with quantized inputs, queries, keys and values."""
+    """Within this context the block runs with quantized inputs, and queries, keys and values by `on_heads`."""
 
-    def hook_for(quantizer: InputQuantizer) -> Callable[..., tuple[Tensor, ...]]:
+    def hook_for(quantizer: Callable[[Tensor], Tensor]) -> Callable[..., tuple[Tensor, ...]]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             return (quantizer(args[0]), *args[1:])
 
@@ -61,6 +65,6 @@ def quantizing(
         for name, quantizer in inputs.items():
             handle = block.get_submodule(name).register_forward_pre_hook(hook_for(quantizer))
             stack.callback(handle.remove)
-        set_head_quantizers(module, HeadQuantizers.of(heads))
+        set_head_quantizers(module, HeadQuantizers.of(heads, on_heads))
         stack.callback(set_head_quantizers, module, None)
         yield

@@ -71,6 +71,7 @@ def publish(job: Job, workdir: Workdir, probe: Probe) -> dict[str, Any]:
         if quantized
         else 16.0,
         "probe": probe_numbers,
+        "fits": [block["fits"] for block in blocks if block["fits"]],
         "folding_errors": [block["folding_error"] for block in blocks],
         "layers": [layer for block in blocks for layer in block["layers"]],
         "notes": list(job.notes),

@@ -28,8 +28,8 @@ from bitfold.recipe import Recipe
 
 __all__ = ["Progress", "Quantization", "quantize"]
 
-Progress = Callable[[int, int, str], None]
-"""Called with the number of steps done, the number of all steps, and what is being done."""
+Progress = Callable[[float, int, str], None]
+"""Called with the number of blocks done (a fraction within one), the number of all, and what is being done."""
 
 
 def quantize(
@@ -96,7 +96,7 @@ def quantize(
                 raise
             total = len(job.skeleton.blocks)
             summary = publish(job, workdir, probe)
-            report(2 * total, 2 * total, "done")
+            report(total, total, "done")
     return Quantization(
         **summary,
         seconds=time.perf_counter() - start,
@@ -118,8 +118,11 @@ def _run(job: Job, workdir: Workdir, report: Progress) -> Probe:
             streams = start_streams(job)
             workdir.write_tensors(shard_name(0, count + 1), _outer_tensors(skeleton))
     for index in range(workdir.done, count):
-        report(index, 2 * count, f"block {index + 1} of {count}")
-        block = quantize_block(skeleton, index, plan, streams, dtype)
+        here = f"block {index + 1} of {count}"
+        report(index, count, here)
+        block = quantize_block(
+            skeleton, index, plan, streams, dtype, _within(report, index, count, here)
+        )
         _advance_streams(skeleton, index, block, streams, dtype)
         name = shard_name(index + 1, count + 1)
         tensors = block_tensors(skeleton, index, plan, block)
@@ -145,9 +148,18 @@ def _run(job: Job, workdir: Workdir, report: Progress) -> Probe:
         job.probe,
         logits,
         dtype,
-        lambda done: report(count + done, 2 * count, f"verifying block {done + 1} of {count}"),
+        lambda done: report(count, count, f"verifying block {done + 1} of {count}"),
     )
     return Probe.of(job.probe, logits, dtype)
+
+
+def _within(report: Progress, index: int, count: int, here: str) -> Callable[[int, int, str], None]:
+    """Reports a fit's progress inside block `index` as part of the whole."""
+
+    def inner(done: int, total: int, what: str) -> None:
+        report(index + done / total, count, f"{here}, {what}")
+
+    return inner
 
 
 def _advance_streams(
@@ -200,5 +212,6 @@ def _block_entry(
         "bits": sum(tensor.bits for tensor in block.tensors.values()),
         "weights": sum(tensor.codes.numel() for tensor in block.tensors.values()),
         "folding_error": block.folding_error,
+        "fits": block.fits,
         "layers": layers,
     }

@@ -4,6 +4,7 @@ The function sees queries and keys after the rotary embedding and the per-head n
 q/k/v quantization acts. A module without quantizers attends as `sdpa` does, to the bit.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,13 +27,25 @@ class HeadQuantizers:
     query: TensorScheme | None
     key: TensorScheme | None
     value: TensorScheme | None
+    quantize: Callable[[Tensor, TensorScheme], Tensor] = fake_quantize_dynamic
 
     @classmethod
-    def of(cls, scheme: Scheme) -> "HeadQuantizers | None":
-        """The q/k/v part of a layer's scheme, or None where it has none."""
+    def of(
+        cls,
+        scheme: Scheme,
+        quantize: Callable[[Tensor, TensorScheme], Tensor] = fake_quantize_dynamic,
+    ) -> "HeadQuantizers | None":
+        """The q/k/v part of a layer's scheme, or None where it has none.
+
+        quantize: fake quantization by a scheme; another than the usual one where gradients must pass.
+        """
         if not scheme.quantizes_attention:
             return None
-        return cls(scheme.query, scheme.key, scheme.value)
+        return cls(scheme.query, scheme.key, scheme.value, quantize)
+
+    def on(self, x: Tensor, scheme: TensorScheme | None) -> Tensor:
+        """x quantized, or as it is without a scheme."""
+        return x if scheme is None else self.quantize(x, scheme)
 
 
 def set_head_quantizers(attention: torch.nn.Module, quantizers: HeadQuantizers | None) -> None:
@@ -50,17 +63,13 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     quantizers: HeadQuantizers | None = getattr(module, _ATTRIBUTE, None)
     if quantizers is not None:
-        query = _apply(query, quantizers.query)
-        key = _apply(key, quantizers.key)
-        value = _apply(value, quantizers.value)
+        query = quantizers.on(query, quantizers.query)
+        key = quantizers.on(key, quantizers.key)
+        value = quantizers.on(value, quantizers.value)
     result: tuple[Tensor, Tensor | None] = ALL_ATTENTION_FUNCTIONS["sdpa"](
         module, query, key, value, *args, **kwargs
     )
     return result
-
-
-def _apply(x: Tensor, scheme: TensorScheme | None) -> Tensor:
-    return x if scheme is None else fake_quantize_dynamic(x, scheme)
 
 
 # transformers' public way to add an attention function; the mask is sdpa's.

@@ -17,8 +17,8 @@ from bitfold.numerics import Scheme, fake_quantize_dynamic, to_groups
 from bitfold.part import Need
 from bitfold.statistics import InputStatistics
 from bitfold.transforms.diagonal import on_inputs, per_entry, reader_weights, takes_diagonal
+from bitfold.transforms.groups import Diagonal, Heads, Transform
 from bitfold.transforms.site_transform import SiteTransform
-from bitfold.transforms.transform import Heads, Transform
 
 __all__ = ["Awq"]
 
@@ -62,7 +62,7 @@ class Awq(SiteTransform):
                 error = _output_error(on_inputs(scale, site, heads), site, weights, gram, schemes)
                 if error < best_error:
                     best, best_error = scale, error
-        return Transform(site, best)
+        return Diagonal(site, best)
 
 
 def _weight_share(

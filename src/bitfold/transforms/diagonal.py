@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bitfold.models.family import FcPair, QueryKey, Site, ValueOutput
-from bitfold.transforms.transform import Heads
+from bitfold.transforms.groups import Heads
 
 __all__ = ["on_inputs", "per_entry", "reader_weights", "takes_diagonal"]
 

@@ -9,7 +9,7 @@ from bitfold.models.family import Site
 from bitfold.numerics import Scheme
 from bitfold.part import Part
 from bitfold.statistics import InputStatistics
-from bitfold.transforms.transform import Heads, Transform
+from bitfold.transforms.groups import Heads, Transform
 
 __all__ = ["SiteTransform"]
 

@@ -17,8 +17,8 @@ from bitfold.numerics import Scheme, fake_quantize_dynamic
 from bitfold.part import Need
 from bitfold.statistics import InputStatistics
 from bitfold.transforms.diagonal import on_inputs, per_entry, reader_weights, takes_diagonal
+from bitfold.transforms.groups import Diagonal, Heads, Transform
 from bitfold.transforms.site_transform import SiteTransform
-from bitfold.transforms.transform import Heads, Transform
 
 __all__ = ["SmoothQuant", "smoothing_scale"]
 
@@ -51,7 +51,7 @@ class SmoothQuant(SiteTransform):
         peak = per_entry(statistics.absmax, site, heads)
         weight_peak = per_entry(reader_weights(weights, site).abs().amax(dim=0), site, heads)
         if self.alpha != "search":
-            return Transform(site, smoothing_scale(peak, weight_peak, self.alpha))
+            return Diagonal(site, smoothing_scale(peak, weight_peak, self.alpha))
         best, best_error = torch.ones_like(peak), torch.inf
         for alpha in (None, *self.candidates):
             scale = (
@@ -64,7 +64,7 @@ class SmoothQuant(SiteTransform):
             )
             if error < best_error:
                 best, best_error = scale, error
-        return Transform(site, best)
+        return Diagonal(site, best)
 
 
 def smoothing_scale(peak: Tensor, weight_peak: Tensor, alpha: float) -> Tensor:

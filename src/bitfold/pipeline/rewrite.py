@@ -1,0 +1,126 @@
+"""Rewriting one block: every transform of the recipe fitted and folded in turn, and the whole checked."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitfold.errors import EquivalenceError
+from bitfold.models.skeleton import Skeleton
+from bitfold.numerics import Scheme
+from bitfold.part import Need
+from bitfold.pipeline.hooks import capturing_inputs
+from bitfold.pipeline.plan import Plan
+from bitfold.pipeline.problem import block_problem
+from bitfold.pipeline.streams import Streams, batches
+from bitfold.statistics import InputStatistics
+from bitfold.transforms import BlockTransform, SiteTransform, fold
+from bitfold.transforms.block_transform import Clipping
+
+__all__ = ["Rewritten", "input_statistics", "rewrite_block"]
+
+# Relative change of a block's output by folding alone, above which it was no equivalence: float32 folds to
+# about 1e-6, a matrix outside the group to more than 1e-2.
+LARGEST_FOLDING_ERROR = {torch.float64: 1e-9, torch.float32: 1e-3}
+LARGEST_FOLDING_ERROR_HALF = 5e-2
+
+
+@dataclass
+class Rewritten:
+    """A block's weights after its transforms, by name; learned clipping by layer; the relative change of the block's
+    output by folding alone; the fits' own figures."""
+
+    weights: dict[str, Tensor]
+    clipping: dict[str, Clipping] = field(default_factory=dict)
+    folding_error: float = 0.0
+    fits: list[dict[str, Any]] = field(default_factory=list)
+
+
+def rewrite_block(
+    skeleton: Skeleton,
+    index: int,
+    plan: Plan,
+    schemes: Mapping[str, Scheme],
+    streams: Streams,
+    weights: Mapping[str, Tensor],
+    report: Callable[[int, int, str], None],
+) -> Rewritten:
+    """Fit and fold the recipe's transforms.
+
+    Raises EquivalenceError, naming the block and the error, where that changed what the block computes.
+    """
+    result = Rewritten(dict(weights))
+    for part in plan.recipe.transforms:
+        if isinstance(part, SiteTransform):
+            _fold_sites(part, skeleton, index, plan, schemes, streams, result)
+        else:
+            _fold_block(part, skeleton, index, plan, streams, result, report)
+    if plan.recipe.transforms:
+        probe = streams.probe_original.to(skeleton.device)
+        before = skeleton.run(index, weights, probe)
+        after = skeleton.run(index, result.weights, probe)
+        result.folding_error = float((after - before).norm() / (before - probe).norm())
+        limit = LARGEST_FOLDING_ERROR.get(probe.dtype, LARGEST_FOLDING_ERROR_HALF)
+        if not result.folding_error <= limit:
+            raise EquivalenceError(
+                f"Folding changed what {skeleton.block_name(index)} computes by {result.folding_error:.2e} "
+                f"(relative; at most {limit:g} is rounding): what {plan.recipe.method} found is no equivalence there."
+            )
+    return result
+
+
+def _fold_sites(
+    part: SiteTransform,
+    skeleton: Skeleton,
+    index: int,
+    plan: Plan,
+    schemes: Mapping[str, Scheme],
+    streams: Streams,
+    result: Rewritten,
+) -> None:
+    statistics = input_statistics(skeleton, index, plan, result.weights, streams, part.needs)
+    for site in plan.sites:
+        if site.readers:
+            of_input = statistics[skeleton.family.input_of(site.readers[0])]
+            transform = part.fit(site, result.weights, of_input, schemes, plan.heads)
+            if transform is not None:
+                result.weights = fold(result.weights, transform, plan.heads, plan.storage)
+
+
+def _fold_block(
+    part: BlockTransform,
+    skeleton: Skeleton,
+    index: int,
+    plan: Plan,
+    streams: Streams,
+    result: Rewritten,
+    report: Callable[[int, int, str], None],
+) -> None:
+    fit = part.fit(block_problem(skeleton, index, plan, result.weights, streams, report))
+    for transform in fit.transforms:
+        result.weights = fold(result.weights, transform, plan.heads, plan.storage)
+    result.clipping |= fit.clipping
+    result.fits.append(fit.report)
+
+
+def input_statistics(
+    skeleton: Skeleton,
+    index: int,
+    plan: Plan,
+    weights: Mapping[str, Tensor],
+    streams: Streams,
+    needs: frozenset[Need],
+) -> dict[str, InputStatistics]:
+    """Statistics of every distinct input of the block, by the name that stands for it; empty if nothing is needed."""
+    stream = streams.original if plan.recipe.stream == "original" else streams.quantized
+    if not needs or stream is None:
+        return {}
+    tokens = stream.shape[0] * stream.shape[1]
+    statistics = {shared[0]: InputStatistics(needs, tokens) for shared in skeleton.family.inputs}
+    receivers = {name: one.update for name, one in statistics.items()}
+    with capturing_inputs(skeleton.blocks[index], receivers):
+        for batch in batches(stream):
+            skeleton.run(index, weights, batch.to(skeleton.device))
+    return statistics

@@ -1,0 +1,251 @@
+"""AffineQuant (Ma et al. 2024, arXiv 2403.12544), exact; and OmniQuant (arXiv 2308.13137) as its diagonal case.
+
+    minimise over A, δ, clipping:   ‖ f(X) − f̂(X̂) ‖²  [ + ‖ f(X̂) − f̂(X̂) ‖² ]
+
+f is the block, f̂ the block rewritten by a member of each site's group and rounded. A∘GM_e is optimised, not A: the mask
+opens from the diagonal (epoch 0) to the full matrix (last epoch). Where this deviates from the paper, and why, is
+listed in docs/affinequant.md.
+"""
+
+import math
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from bitfold.numerics import Scheme, from_groups, to_groups
+from bitfold.numerics.straight_through import quantize_through
+from bitfold.part import Need
+from bitfold.transforms.block_transform import (
+    BlockFit,
+    BlockProblem,
+    BlockTransform,
+    Clipping,
+    Terms,
+)
+from bitfold.transforms.groups import fold
+from bitfold.transforms.learned import Learned, MaskSettings, learned_at
+
+__all__ = ["Affine"]
+
+# σ(4) ≈ 0.982: learned clipping starts near the whole range, as in OmniQuant.
+CLIPPING_START = 4.0
+_CHECK_WINDOWS = 32
+
+
+class Affine(BlockTransform):
+    """epochs: passes over the calibration windows; 0 does nothing. batch: windows in a step.
+    matrices: `full` per head where the group has them, or `diagonal` (OmniQuant). clipping, shifts: learn them.
+    alpha: stability factor of the off-diagonal entries. gradual: open the mask epoch by epoch.
+    dominance: keep the matrices diagonally dominant by at least `margin`, or leave them (`off`).
+    terms: of the loss, see `Terms`. precision: of A and its inverse; `mixed` is a float32 A and a float64 inverse.
+    scale_rate, shift_rate, clip_rate: learning rates at the start; they fall to zero along a cosine."""
+
+    needs = frozenset[Need]({"loss"})
+
+    epochs: int = Field(default=20, ge=0)
+    batch: int = Field(default=4, ge=1)
+    matrices: Literal["full", "diagonal"] = "full"
+    clipping: bool = True
+    shifts: bool = True
+    alpha: float = Field(default=0.1, gt=0, le=1)
+    gradual: bool = True
+    dominance: Literal["project", "off"] = "project"
+    margin: float = Field(default=0.05, ge=0, lt=1)
+    terms: Terms = "original"
+    precision: Literal["float32", "float64", "mixed"] = "mixed"
+    scale_rate: float = Field(default=1e-2, gt=0)
+    shift_rate: float = Field(default=5e-3, gt=0)
+    clip_rate: float = Field(default=2e-2, gt=0)
+
+    def fit(self, problem: BlockProblem) -> BlockFit:
+        """See `BlockTransform.fit`."""
+        settings = MaskSettings(
+            self.epochs, self.alpha, self.gradual, self.dominance, self.margin, self.precision
+        )
+        full = self.matrices == "full"
+        found = [
+            learned_at(s, problem.weights, problem.heads, settings, full=full, shifts=self.shifts)
+            for s in problem.sites
+        ]
+        state = _State(
+            [one for one in found if one is not None],
+            _clipping_parameters(problem) if self.clipping else {},
+        )
+        return _Descent(self, problem, state).run()
+
+
+class _State:
+    """Everything that is learned."""
+
+    def __init__(self, sites: list[Learned], clipping: dict[str, tuple[Tensor, Tensor]]) -> None:
+        self.sites = sites
+        self.clipping = clipping
+
+    def groups(self, affine: Affine) -> list[dict[str, Any]]:
+        """The optimiser's parameter groups."""
+        scales = [p for site in self.sites for p in site.scales]
+        shifts = [p for site in self.sites for p in site.shifts]
+        clips = [p for pair in self.clipping.values() for p in pair]
+        rates = (
+            (scales, affine.scale_rate),
+            (shifts, affine.shift_rate),
+            (clips, affine.clip_rate),
+        )
+        return [{"params": p, "lr": rate, "start": rate} for p, rate in rates if p]
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        learned = [p for site in self.sites for p in (*site.scales, *site.shifts)]
+        return learned + [p for pair in self.clipping.values() for p in pair]
+
+    def copy(self) -> list[Tensor]:
+        return [p.detach().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def restore(self, values: list[Tensor]) -> None:
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.copy_(value)
+
+    def rewritten(self, problem: BlockProblem) -> dict[str, Tensor]:
+        """The block's weights, folded and rounded; differentiable."""
+        weights: dict[str, Tensor] = dict(problem.weights)
+        for site in self.sites:
+            weights = fold(weights, site.transform(), problem.heads)
+        for name, scheme in problem.schemes.items():
+            if scheme.weight is not None:
+                key = f"{name}.weight"
+                weights[key] = _rounded(weights[key], scheme, self.clipping.get(name))
+        return weights
+
+
+class _Descent:
+    """Adam with falling rates; the best state seen is kept, and a loss that is not finite goes back to it."""
+
+    def __init__(self, affine: Affine, problem: BlockProblem, state: _State) -> None:
+        self.affine, self.problem, self.state = affine, problem, state
+        self.optimizer = torch.optim.Adam(state.groups(affine), betas=(0.9, 0.99))
+        self.halvings = 0
+        self.notes: list[str] = []
+        self.losses: list[float] = []
+        generator = torch.Generator().manual_seed(problem.seed)
+        self.generator = generator
+        count = min(problem.windows, _CHECK_WINDOWS)
+        self.check = torch.randperm(problem.windows, generator=generator)[:count]
+
+    def run(self) -> BlockFit:
+        affine, state = self.affine, self.state
+        best, start = state.copy(), self._checked()
+        best_loss, best_epoch = start, -1
+        steps = affine.epochs * math.ceil(self.problem.windows / affine.batch)
+        done = 0
+        for epoch in range(affine.epochs):
+            for site in state.sites:
+                site.start_epoch(epoch)
+            for windows in torch.randperm(self.problem.windows, generator=self.generator).split(
+                affine.batch
+            ):
+                self._set_rates(done / steps)
+                if not self._step(windows):
+                    self._back_to(best, epoch)
+                done += 1
+                self.problem.report(done, steps, f"epoch {epoch + 1} of {affine.epochs}")
+            loss = self._checked()
+            self.losses.append(loss)
+            if not math.isfinite(loss):
+                self._back_to(best, epoch)
+            elif loss < best_loss:
+                best, best_loss, best_epoch = state.copy(), loss, epoch
+        # The best epoch's mask is the one its matrices were measured with.
+        for site in state.sites:
+            site.start_epoch(max(best_epoch, 0))
+        state.restore(best)
+        return self._result(start, best_loss, best_epoch)
+
+    def _step(self, windows: Tensor) -> bool:
+        """One step of descent; False, and no step, where the loss or a gradient is not finite."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.enable_grad():
+            loss = self._loss(windows)
+            if not torch.isfinite(loss):
+                return False
+            loss.backward()
+        gradients = [p.grad for p in self.state.parameters if p.grad is not None]
+        if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
+            return False
+        self.optimizer.step()
+        for site in self.state.sites:
+            site.after_step()
+        return True
+
+    def _loss(self, windows: Tensor) -> Tensor:
+        try:
+            weights = self.state.rewritten(self.problem)
+        except torch.linalg.LinAlgError:  # a singular matrix: as bad as a loss can be
+            return torch.tensor(math.nan)
+        return self.problem.loss(weights, windows, self.affine.terms)
+
+    @torch.no_grad()
+    def _checked(self) -> float:
+        parts = self.check.split(self.affine.batch)
+        total = sum(float(self._loss(part)) * len(part) for part in parts)
+        return total / len(self.check)
+
+    def _back_to(self, best: list[Tensor], epoch: int) -> None:
+        self.state.restore(best)
+        self.optimizer = torch.optim.Adam(self.state.groups(self.affine), betas=(0.9, 0.99))
+        self.halvings += 1
+        self.notes.append(
+            f"a loss in epoch {epoch + 1} was not finite: went back to the best state and halved the step"
+        )
+
+    def _set_rates(self, progress: float) -> None:
+        factor = 0.5 * (1 + math.cos(math.pi * progress)) * 0.5**self.halvings
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["start"] * factor
+
+    @torch.no_grad()
+    def _result(self, start: float, best: float, epoch: int) -> BlockFit:
+        clipping = {
+            name: Clipping(lower.sigmoid(), upper.sigmoid())
+            for name, (lower, upper) in self.state.clipping.items()
+        }
+        if epoch < 0:  # nothing was better than doing nothing
+            return BlockFit([], {}, {"start": start, "best": best, "losses": self.losses})
+        transforms = [site.transform() for site in self.state.sites]
+        sites = [
+            {"site": type(transform.site).__name__, **site.report()}
+            for site, transform in zip(self.state.sites, transforms, strict=True)
+        ]
+        report = {
+            "start": start,
+            "best": best,
+            "best_epoch": epoch + 1,
+            "losses": self.losses,
+            "sites": sites,
+            "notes": self.notes,
+        }
+        return BlockFit(transforms, clipping, report)
+
+
+def _clipping_parameters(problem: BlockProblem) -> dict[str, tuple[Tensor, Tensor]]:
+    """γ of the lower and upper limit of every group of every quantized weight, [out, groups, 1]."""
+    parameters = {}
+    for name, scheme in problem.schemes.items():
+        if scheme.weight is not None and scheme.weight.granularity != "tensor":
+            shape = (*to_groups(problem.weights[f"{name}.weight"], scheme.weight).shape[:-1], 1)
+            device = problem.weights[f"{name}.weight"].device
+            lower, upper = (torch.full(shape, CLIPPING_START, device=device) for _ in range(2))
+            parameters[name] = (lower.requires_grad_(), upper.requires_grad_())
+    return parameters
+
+
+def _rounded(weight: Tensor, scheme: Scheme, clipping: tuple[Tensor, Tensor] | None) -> Tensor:
+    """A weight as it will be after rounding, differentiable in itself and in its clipping."""
+    assert scheme.weight is not None
+    groups = to_groups(weight, scheme.weight)
+    minimum, maximum = groups.amin(dim=-1, keepdim=True), groups.amax(dim=-1, keepdim=True)
+    if clipping is not None:
+        minimum, maximum = minimum * clipping[0].sigmoid(), maximum * clipping[1].sigmoid()
+    return from_groups(quantize_through(groups, minimum, maximum, scheme.weight), weight.shape)

@@ -1,0 +1,419 @@
+"""The groups of DESIGN section 3 as small objects: what may stand at a site, and how it is folded.
+
+At the input x of a site's readers (y = x Wᵀ + b) stand an invertible A and a shift δ:
+
+    x' = (x − δ) A⁻¹        W' = W Aᵀ        b' = b + W δ        ⇒   x' W'ᵀ + b' = x Wᵀ + b
+
+and the producer of x takes (x − δ) A⁻¹ into its own weights. Each object has three duties: `matrix` and `inverse` give
+A and A⁻¹; `fold` puts them into a block's weights, as a pure and differentiable function; `defect` says how far the
+object is from a member of its group (0 for a member).
+
+Shapes: n is the producer's width; K KV heads of H dimensions each, P = H/2 pairs of a rotary embedding.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bitfold.errors import EquivalenceError
+from bitfold.models.family import FcPair, NormSite, QueryKey, Site, UpDown, ValueOutput
+
+__all__ = [
+    "Diagonal",
+    "HeadMatrix",
+    "HeadPermutation",
+    "Heads",
+    "NormedPairScale",
+    "Permutation",
+    "RotaryScale",
+    "Transform",
+    "Weights",
+    "fold",
+]
+
+Weights = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Head counts of an attention: query heads, KV heads, head_dim."""
+
+    queries: int
+    keys: int
+    size: int
+
+    @property
+    def shared(self) -> int:
+        """Query heads that share a KV head."""
+        return self.queries // self.keys
+
+
+class Transform(ABC):
+    """A fitted member of the group of a site."""
+
+    site: Site
+
+    @property
+    @abstractmethod
+    def matrix(self) -> Tensor:
+        """A, as a batch of square blocks on its diagonal [blocks, m, m]."""
+
+    @property
+    @abstractmethod
+    def inverse(self) -> Tensor:
+        """A⁻¹ in the same form."""
+
+    @abstractmethod
+    def fold(
+        self, weights: Weights, heads: Heads, storage: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        """The block's weights after the transform; they compute what they computed before.
+
+        storage: the dtype in which unquantized tensors will be stored, so that rounding them costs no equivalence.
+        """
+
+    def defect(self) -> float:
+        """‖A A⁻¹ − I‖ (largest entry): how far from an equivalence."""
+        product = self.matrix @ self.inverse
+        return float((product - torch.eye(product.shape[-1], dtype=product.dtype)).abs().max())
+
+
+def fold(
+    weights: Weights, transform: Transform, heads: Heads, storage: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """The block's weights after a transform (see `Transform.fold`)."""
+    return transform.fold(weights, heads, storage)
+
+
+@dataclass(frozen=True)
+class Diagonal(Transform):
+    """norm → readers, v → o, up → down, fc1 → ReLU → fc2: x' = (x − shift) / scale, both [n].
+
+    A shift needs biases that carry it: the producer's, and each reader's.
+    """
+
+    site: Site
+    scale: Tensor
+    shift: Tensor | None = None
+
+    @property
+    def matrix(self) -> Tensor:
+        return self.scale.view(-1, 1, 1)
+
+    @property
+    def inverse(self) -> Tensor:
+        return self.scale.reciprocal().view(-1, 1, 1)
+
+    def defect(self) -> float:
+        """Zeros nowhere, and nothing negative through ReLU."""
+        bad = self.scale == 0 if not isinstance(self.site, FcPair) else self.scale <= 0
+        return float((bad | ~torch.isfinite(self.scale)).any())
+
+    def fold(
+        self, weights: Weights, heads: Heads, storage: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        site = self.site
+        if isinstance(site, NormSite):
+            return _fold_norm(weights, site, self.scale, self.shift, storage)
+        if isinstance(site, ValueOutput):
+            blocks = torch.diag_embed(self.scale.view(heads.keys, heads.size))
+            inverse = torch.diag_embed(self.scale.reciprocal().view(heads.keys, heads.size))
+            return _fold_value_output(weights, site, blocks, inverse, self.shift, heads)
+        if isinstance(site, UpDown):
+            return _fold_pair(weights, site.up, site.down, self.scale)
+        if isinstance(site, FcPair) and site.homogeneous:
+            return _fold_pair(weights, site.fc1, site.fc2, self.scale)
+        raise EquivalenceError(
+            f"A diagonal does not pass {type(site).__name__}: choose another group."
+        )
+
+
+@dataclass(frozen=True)
+class HeadMatrix(Transform):
+    """v → o, or q · k without a rotary embedding: A [K, H, H] per KV head, shift [K · H].
+
+    v → o:  v' = (v − δ) A⁻¹, and o_proj reads it back for every query head that shares the KV head.
+    q · k:  k' = (k − δ) A and q' = q A⁻ᵀ; the softmax ignores what the shift adds, a constant per query.
+    """
+
+    site: ValueOutput | QueryKey
+    blocks: Tensor
+    blocks_inverse: Tensor
+    shift: Tensor | None = None
+
+    @property
+    def matrix(self) -> Tensor:
+        return self.blocks
+
+    @property
+    def inverse(self) -> Tensor:
+        return self.blocks_inverse
+
+    def fold(
+        self, weights: Weights, heads: Heads, storage: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        site = self.site
+        if isinstance(site, ValueOutput):
+            return _fold_value_output(
+                weights, site, self.blocks, self.blocks_inverse, self.shift, heads
+            )
+        if site.rotary != "none" or site.key_norm is not None:
+            raise EquivalenceError(
+                "A matrix per head does not pass the rotary embedding or a norm on q and k: "
+                "only what commutes with them does."
+            )
+        folded = dict(weights)
+        transposed = self.blocks.transpose(1, 2)
+        _on_rows(folded, site.key, transposed, self.shift)
+        per_query = self.blocks_inverse.repeat_interleave(heads.shared, dim=0)
+        _on_rows(folded, site.query, per_query, None)
+        return folded
+
+
+@dataclass(frozen=True)
+class RotaryScale(Transform):
+    """q · k behind a rotary embedding: one complex number c ≠ 0 per pair and KV head, k' = c k, q' = q / conj(c).
+
+    real, imaginary: [K, P]; in half-split pairing dimension j is the real part, j + P the imaginary one.
+    """
+
+    site: QueryKey
+    real: Tensor
+    imaginary: Tensor
+
+    @property
+    def matrix(self) -> Tensor:
+        return _complex_blocks(self.real, self.imaginary)
+
+    @property
+    def inverse(self) -> Tensor:
+        power = self.real.square() + self.imaginary.square()
+        return _complex_blocks(self.real / power, -self.imaginary / power)
+
+    def fold(
+        self, weights: Weights, heads: Heads, storage: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        if self.site.rotary != "half-split" or self.site.key_norm is not None:
+            raise EquivalenceError(
+                "A complex number per pair stands at a rotary q · k without norms."
+            )
+        folded = dict(weights)
+        _times_complex(folded, self.site.key, self.real, self.imaginary)
+        power = self.real.square() + self.imaginary.square()  # 1 / conj(c) = c / |c|²
+        shared = heads.shared
+        _times_complex(
+            folded,
+            self.site.query,
+            (self.real / power).repeat_interleave(shared, dim=0),
+            (self.imaginary / power).repeat_interleave(shared, dim=0),
+        )
+        return folded
+
+
+@dataclass(frozen=True)
+class NormedPairScale(Transform):
+    """q · k with per-head norms before the rotary embedding: one real factor r ≠ 0 per pair, shared by all heads.
+
+    factor: [P], γ_k · r and γ_q / r. signs: [K, P] of ±1, on the rows of k and of the query heads that share it.
+    """
+
+    site: QueryKey
+    factor: Tensor
+    signs: Tensor | None = None
+
+    @property
+    def matrix(self) -> Tensor:
+        return self.factor.view(-1, 1, 1)
+
+    @property
+    def inverse(self) -> Tensor:
+        return self.factor.reciprocal().view(-1, 1, 1)
+
+    def fold(
+        self, weights: Weights, heads: Heads, storage: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        site = self.site
+        if site.key_norm is None or site.query_norm is None:
+            raise EquivalenceError("A real factor per pair stands at q · k with norms on q and k.")
+        folded = dict(weights)
+        twice = torch.cat([self.factor, self.factor])
+        key, query, offset = (
+            f"{site.key_norm}.weight",
+            f"{site.query_norm}.weight",
+            site.norm_offset,
+        )
+        folded[key] = (weights[key] + offset) * twice - offset
+        folded[query] = (weights[query] + offset) / twice - offset
+        if self.signs is not None:
+            nothing = torch.zeros_like(self.signs)
+            _times_complex(folded, site.key, self.signs, nothing)
+            shared = self.signs.repeat_interleave(heads.shared, dim=0)
+            _times_complex(folded, site.query, shared, torch.zeros_like(shared))
+        return folded
+
+
+@dataclass(frozen=True)
+class Permutation(Transform):
+    """The inner width of an MLP in another order: entry i is what was entry order[i]; order [n]."""
+
+    site: UpDown | FcPair
+    order: Tensor
+
+    @property
+    def matrix(self) -> Tensor:
+        return torch.eye(self.order.numel(), dtype=torch.float64)[self.order].unsqueeze(0)
+
+    @property
+    def inverse(self) -> Tensor:
+        return self.matrix.transpose(1, 2)
+
+    def fold(
+        self, weights: Weights, heads: Heads, storage: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        site = self.site
+        rows = (site.up, site.gate) if isinstance(site, UpDown) else (site.fc1,)
+        columns = site.down if isinstance(site, UpDown) else site.fc2
+        return _permuted(weights, rows, columns, self.order, self.order)
+
+
+@dataclass(frozen=True)
+class HeadPermutation(Transform):
+    """KV heads, with the query heads that share them, in another order: head i is what was order[i]; order [K]."""
+
+    site: ValueOutput
+    queries: QueryKey
+    order: Tensor
+
+    @property
+    def matrix(self) -> Tensor:
+        return torch.eye(self.order.numel(), dtype=torch.float64)[self.order].unsqueeze(0)
+
+    @property
+    def inverse(self) -> Tensor:
+        return self.matrix.transpose(1, 2)
+
+    def fold(
+        self, weights: Weights, heads: Heads, storage: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        inside = torch.arange(heads.size)
+        keys = (self.order[:, None] * heads.size + inside).flatten()
+        wide = torch.arange(heads.shared * heads.size)
+        queries = (self.order[:, None] * heads.shared * heads.size + wide).flatten()
+        folded = _permuted(weights, (self.site.value, self.queries.key), None, keys, keys)
+        return _permuted(folded, (self.queries.query,), self.site.output, queries, queries)
+
+
+def _fold_norm(
+    weights: Weights,
+    site: NormSite,
+    scale: Tensor,
+    shift: Tensor | None,
+    storage: torch.dtype | None,
+) -> dict[str, Tensor]:
+    folded = dict(weights)
+    gain = weights[f"{site.norm}.weight"]
+    stored = (gain + site.offset) / scale - site.offset
+    if storage is not None:
+        # The gain is rounded first, and the readers take what is left: γ/γ' instead of s.
+        stored = stored.to(storage).to(gain.dtype)
+        exact = (gain + site.offset) / (stored + site.offset)
+        # A channel whose gain is zero (before or after rounding) carries nothing: any scale serves.
+        scale = torch.where(torch.isfinite(exact) & (exact != 0), exact, scale)
+    folded[f"{site.norm}.weight"] = stored
+    bias = weights.get(f"{site.norm}.bias")
+    if bias is not None:
+        folded[f"{site.norm}.bias"] = (bias if shift is None else bias - shift) / scale
+    elif shift is not None:
+        raise EquivalenceError(f"{site.norm} has no bias that could carry a shift.")
+    for reader in site.readers:
+        weight = weights[f"{reader}.weight"]
+        if shift is not None:
+            folded[f"{reader}.bias"] = _bias(weights, reader) + weight @ shift
+        folded[f"{reader}.weight"] = weight * scale
+    return folded
+
+
+def _fold_value_output(
+    weights: Weights,
+    site: ValueOutput,
+    blocks: Tensor,
+    inverse: Tensor,
+    shift: Tensor | None,
+    heads: Heads,
+) -> dict[str, Tensor]:
+    folded = dict(weights)
+    _on_rows(folded, site.value, inverse.transpose(1, 2), shift)
+    output = weights[f"{site.output}.weight"]
+    columns = output.view(output.shape[0], heads.keys, heads.shared, heads.size)
+    if shift is not None:
+        carried = torch.einsum("okqh,kh->o", columns, shift.view(heads.keys, heads.size))
+        folded[f"{site.output}.bias"] = _bias(weights, site.output) + carried
+    # W'_h = W_h Aᵀ, once for every query head that shares the KV head.
+    folded[f"{site.output}.weight"] = torch.einsum("okqh,kgh->okqg", columns, blocks).reshape(
+        output.shape
+    )
+    return folded
+
+
+def _fold_pair(weights: Weights, first: str, second: str, scale: Tensor) -> dict[str, Tensor]:
+    folded = dict(weights)
+    folded[f"{first}.weight"] = weights[f"{first}.weight"] / scale.unsqueeze(-1)
+    if f"{first}.bias" in weights:
+        folded[f"{first}.bias"] = weights[f"{first}.bias"] / scale
+    folded[f"{second}.weight"] = weights[f"{second}.weight"] * scale
+    return folded
+
+
+def _on_rows(folded: dict[str, Tensor], name: str, blocks: Tensor, shift: Tensor | None) -> None:
+    """y' = (y − shift) Bᵀ for the blocks B [heads, H, H] on a linear layer's output y: rows and bias."""
+    heads, size, _ = blocks.shape
+    weight = folded[f"{name}.weight"]
+    folded[f"{name}.weight"] = (blocks @ weight.view(heads, size, -1)).reshape(weight.shape)
+    if shift is not None or f"{name}.bias" in folded:
+        bias = _bias(folded, name) if shift is None else _bias(folded, name) - shift
+        folded[f"{name}.bias"] = (blocks @ bias.view(heads, size, 1)).reshape(-1)
+
+
+def _times_complex(folded: dict[str, Tensor], name: str, real: Tensor, imaginary: Tensor) -> None:
+    """Multiply the pairs of a linear layer's output by complex numbers [heads, P]: rows and bias."""
+    heads, pairs = real.shape
+    for key in (f"{name}.weight", f"{name}.bias"):
+        if key not in folded:
+            continue
+        value = folded[key].reshape(heads, 2, pairs, -1)
+        a, b = real.unsqueeze(-1), imaginary.unsqueeze(-1)
+        first = a * value[:, 0] - b * value[:, 1]
+        second = a * value[:, 1] + b * value[:, 0]
+        folded[key] = torch.stack([first, second], dim=1).reshape(folded[key].shape)
+
+
+def _complex_blocks(real: Tensor, imaginary: Tensor) -> Tensor:
+    """2×2 real matrices [heads · P, 2, 2] that multiply a pair (as a row) by complex numbers."""
+    a, b = real.flatten(), imaginary.flatten()
+    return torch.stack([torch.stack([a, b], -1), torch.stack([-b, a], -1)], -2)
+
+
+def _permuted(
+    weights: Weights,
+    rows: tuple[str, ...],
+    columns: str | None,
+    order: Tensor,
+    column_order: Tensor,
+) -> dict[str, Tensor]:
+    folded = dict(weights)
+    for name in rows:
+        folded[f"{name}.weight"] = weights[f"{name}.weight"][order]
+        if f"{name}.bias" in weights:
+            folded[f"{name}.bias"] = weights[f"{name}.bias"][order]
+    if columns is not None:
+        folded[f"{columns}.weight"] = weights[f"{columns}.weight"][:, column_order]
+    return folded
+
+
+def _bias(weights: Weights, name: str) -> Tensor:
+    if f"{name}.bias" not in weights:
+        raise EquivalenceError(f"{name} has no bias that could carry a shift.")
+    return weights[f"{name}.bias"]

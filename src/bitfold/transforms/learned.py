@@ -1,0 +1,186 @@
+"""What is learned at a site: parameters, and the transform they stand for at a given gradual mask.
+
+A diagonal is exp(θ), so that it stays positive; a matrix per head is A∘GM, as in the paper; a rotary scale is
+exp(ρ + iφ). All start at the identity: a start by statistics is a transform of its own that is folded before.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bitfold.models.family import FcPair, NormSite, QueryKey, Site, UpDown, ValueOutput
+from bitfold.transforms.dominance import gradual_mask, margin, project
+from bitfold.transforms.groups import (
+    Diagonal,
+    HeadMatrix,
+    Heads,
+    NormedPairScale,
+    RotaryScale,
+    Transform,
+    Weights,
+)
+
+__all__ = ["Learned", "MaskSettings", "learned_at"]
+
+
+@dataclass(frozen=True)
+class MaskSettings:
+    """How A∘GM is formed and kept invertible; see `transforms.affine.Affine` for the fields' meaning."""
+
+    epochs: int
+    alpha: float
+    gradual: bool
+    dominance: Literal["project", "off"]
+    least_margin: float
+    precision: Literal["float32", "float64", "mixed"]
+
+    def mask(self, size: int, epoch: int) -> Tensor:
+        """GM_e; full from the start without `gradual`."""
+        if not self.gradual:
+            return gradual_mask(size, 0, 1, self.alpha)
+        return gradual_mask(size, min(epoch, self.epochs - 1), self.epochs, self.alpha)
+
+
+class Learned(ABC):
+    """Parameters at one site. `scales`, `shifts`: tensors that require gradients, by kind of learning rate."""
+
+    scales: list[Tensor]
+    shifts: list[Tensor]
+
+    @abstractmethod
+    def transform(self) -> Transform:
+        """What the parameters stand for now; differentiable."""
+
+    def start_epoch(self, epoch: int) -> None:  # noqa: B027 - most kinds have nothing to do
+        """Called before an epoch."""
+
+    def after_step(self) -> None:  # noqa: B027
+        """Called after an optimiser's step."""
+
+    def report(self) -> dict[str, float]:
+        """Figures about the transform found."""
+        with torch.no_grad():
+            matrix = self.transform().matrix.double()
+        return {"condition": float(torch.linalg.cond(matrix).max())}
+
+
+class _Scale(Learned):
+    def __init__(self, site: Site, size: int, shift: bool, device: torch.device) -> None:
+        self._site = site
+        self.scales = [torch.zeros(size, device=device, requires_grad=True)]
+        self.shifts = [torch.zeros(size, device=device, requires_grad=True)] if shift else []
+
+    def transform(self) -> Transform:
+        return Diagonal(self._site, self.scales[0].exp(), self.shifts[0] if self.shifts else None)
+
+    def report(self) -> dict[str, float]:
+        scale = self.scales[0].detach().exp()
+        return {"condition": float(scale.max() / scale.min())}
+
+
+class _Rotary(Learned):
+    def __init__(self, site: QueryKey, heads: Heads, device: torch.device) -> None:
+        self._site = site
+        shape = (heads.keys, heads.size // 2)
+        self.scales = [torch.zeros(shape, device=device, requires_grad=True) for _ in range(2)]
+        self.shifts = []
+
+    def transform(self) -> Transform:
+        size, angle = self.scales[0].exp(), self.scales[1]
+        return RotaryScale(self._site, size * angle.cos(), size * angle.sin())
+
+
+class _NormedPair(Learned):
+    def __init__(self, site: QueryKey, heads: Heads, device: torch.device) -> None:
+        self._site = site
+        self.scales = [torch.zeros(heads.size // 2, device=device, requires_grad=True)]
+        self.shifts = []
+
+    def transform(self) -> Transform:
+        return NormedPairScale(self._site, self.scales[0].exp())
+
+
+class _Matrix(Learned):
+    """A∘GM per KV head, [K, H, H]."""
+
+    def __init__(
+        self,
+        site: ValueOutput | QueryKey,
+        heads: Heads,
+        shift: bool,
+        settings: MaskSettings,
+        device: torch.device,
+    ) -> None:
+        self._site, self._settings = site, settings
+        dtype = torch.float64 if settings.precision == "float64" else torch.float32
+        blocks = torch.eye(heads.size, dtype=dtype, device=device).repeat(heads.keys, 1, 1)
+        self.scales = [blocks.requires_grad_()]
+        width = heads.keys * heads.size
+        self.shifts = [torch.zeros(width, device=device, requires_grad=True)] if shift else []
+        self.start_epoch(0)
+
+    def start_epoch(self, epoch: int) -> None:
+        blocks = self.scales[0]
+        self._mask = self._settings.mask(blocks.shape[-1], epoch).to(blocks)
+
+    def after_step(self) -> None:
+        if self._settings.dominance == "project":
+            with torch.no_grad():
+                project(self.scales[0], self._mask, self._settings.least_margin)
+
+    def transform(self) -> Transform:
+        blocks = self.scales[0] * self._mask
+        inverse = torch.linalg.inv(
+            blocks.double() if self._settings.precision == "mixed" else blocks
+        )
+        shift = self.shifts[0] if self.shifts else None
+        return HeadMatrix(self._site, blocks.float(), inverse.float(), shift)
+
+    def report(self) -> dict[str, float]:
+        blocks = (self.scales[0].detach() * self._mask).double()
+        return {
+            "condition": float(torch.linalg.cond(blocks).max()),
+            "margin": float(margin(blocks).min()),
+        }
+
+
+def learned_at(
+    site: Site,
+    weights: Weights,
+    heads: Heads,
+    settings: MaskSettings,
+    *,
+    full: bool,
+    shifts: bool,
+) -> Learned | None:
+    """The parameters for a site, or None where nothing of the kind can stand.
+
+    full: matrices per head where the group has them, else diagonals. shifts: where biases can carry one.
+    """
+    device = next(iter(weights.values())).device
+    if isinstance(site, NormSite):
+        carried = shifts and _have_bias(weights, site.norm, *site.readers)
+        return _Scale(site, weights[f"{site.norm}.weight"].numel(), carried, device)
+    if isinstance(site, ValueOutput):
+        carried = shifts and _have_bias(weights, site.value, site.output)
+        if full:
+            return _Matrix(site, heads, carried, settings, device)
+        return _Scale(site, heads.keys * heads.size, carried, device)
+    if isinstance(site, UpDown):
+        return _Scale(site, weights[f"{site.up}.weight"].shape[0], False, device)
+    if isinstance(site, FcPair):
+        width = weights[f"{site.fc1}.weight"].shape[0]
+        return _Scale(site, width, False, device) if site.homogeneous else None
+    if site.key_norm is not None:
+        return _NormedPair(site, heads, device)
+    if site.rotary == "half-split":
+        return _Rotary(site, heads, device)
+    carried = shifts and _have_bias(weights, site.key)
+    return _Matrix(site, heads, carried, settings, device) if full else None
+
+
+def _have_bias(weights: Weights, *names: str) -> bool:
+    return all(f"{name}.bias" in weights for name in names)
