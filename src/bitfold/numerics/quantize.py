@@ -155,7 +155,8 @@ def fake_quantize_dynamic(x: Tensor, scheme: TensorScheme) -> Tensor:
 
 def _dynamic_scale_and_zero(groups: Tensor, scheme: TensorScheme) -> tuple[Tensor, Tensor | None]:
     """Scale and zero-point of the groups' min-max ranges, [..., 1], computed in their dtype."""
-    minimum, maximum = torch.aminmax(groups, dim=-1, keepdim=True)
+    # Not torch.aminmax, which takes over four times as long as both of these on a CPU.
+    minimum, maximum = groups.amin(dim=-1, keepdim=True), groups.amax(dim=-1, keepdim=True)
     minimum, maximum = minimum.clamp(max=0), maximum.clamp(min=0)
     # Tensors, because CUDA turns a division by a Python number into a product with its inverse.
     steps = torch.tensor(_steps(scheme), dtype=groups.dtype, device=groups.device)

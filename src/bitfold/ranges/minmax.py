@@ -1,6 +1,5 @@
 """Min-max: the range is what the values span."""
 
-import torch
 from torch import Tensor
 
 from bitfold.numerics import TensorScheme
@@ -16,5 +15,5 @@ class MinMax(Range):
         self, groups: Tensor, scheme: TensorScheme, gram: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Lower and upper limit [..., 1] of grouped values [..., g]."""
-        minimum, maximum = torch.aminmax(groups, dim=-1, keepdim=True)
-        return minimum, maximum
+        # Not torch.aminmax, which takes over four times as long as both of these on a CPU.
+        return groups.amin(dim=-1, keepdim=True), groups.amax(dim=-1, keepdim=True)
