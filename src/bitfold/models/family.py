@@ -16,6 +16,7 @@ __all__ = [
     "NormSite",
     "QueryKey",
     "Site",
+    "Stream",
     "UpDown",
     "ValueOutput",
     "head_counts",
@@ -89,6 +90,23 @@ Site = NormSite | ValueOutput | UpDown | FcPair | QueryKey
 
 
 @dataclass(frozen=True)
+class Stream:
+    """The residual stream of a whole model: who writes it and who reads it, by full name, or relative to a block.
+
+    embeddings: tables whose rows are added to it. writers: linear layers outside the blocks that write it.
+    block_writers, block_norms: in a block. final_norm: before the reader outside the blocks. reads_mean: the norms are
+    LayerNorms, which subtract the mean.
+    """
+
+    embeddings: tuple[str, ...]
+    block_writers: tuple[str, ...]
+    final_norm: str
+    reader: str
+    writers: tuple[str, ...] = ()
+    reads_mean: bool = False
+
+
+@dataclass(frozen=True)
 class Family:
     """One architecture.
 
@@ -97,6 +115,7 @@ class Family:
     attention: path of the attention module in a block.
     sites:     the block's sites, given the config (switches such as OPT's `do_layer_norm_before` close some).
     inputs:    linear layers that read the same tensor, first the one whose name stands for the input.
+    stream:    the residual stream, given the config; None where its site is closed (post-norms).
     flattened_inputs: linear layers that are given [batch·tokens, in] instead of [batch, tokens, in].
     """
 
@@ -105,6 +124,7 @@ class Family:
     attention: str
     sites: Callable[[PretrainedConfig], tuple[Site, ...]]
     inputs: tuple[tuple[str, ...], ...]
+    stream: Callable[[PretrainedConfig], Stream | None] = lambda config: None
     flattened_inputs: tuple[str, ...] = ()
 
     @property

@@ -1,6 +1,6 @@
 """Gemma: Llama's block with norms that store their gain minus one. Gemma 3 adds norms on q and k and after each half.
 
-A norm after a half (post-norm) closes nothing inside the block: the sites below stand before it.
+A norm after a half (post-norm) closes nothing inside the block, whose sites stand before it, but the stream's rotation.
 """
 
 from dataclasses import replace
@@ -22,4 +22,4 @@ def _gemma3(config: PretrainedConfig) -> tuple[Site, ...]:
 
 
 GEMMA = replace(LLAMA, name="gemma", sites=_gemma)
-GEMMA3 = replace(LLAMA, name="gemma3_text", sites=_gemma3)
+GEMMA3 = replace(LLAMA, name="gemma3_text", sites=_gemma3, stream=lambda config: None)

@@ -2,7 +2,7 @@
 
 from transformers import PretrainedConfig
 
-from bitfold.models.family import Family, NormSite, QueryKey, Site, UpDown, ValueOutput
+from bitfold.models.family import Family, NormSite, QueryKey, Site, Stream, UpDown, ValueOutput
 
 __all__ = ["GATED_INPUTS", "LLAMA", "gated_sites"]
 
@@ -41,10 +41,20 @@ def _sites(config: PretrainedConfig) -> tuple[Site, ...]:
     return gated_sites()
 
 
+def _stream(config: PretrainedConfig) -> Stream:
+    return Stream(
+        embeddings=("model.embed_tokens",),
+        block_writers=("self_attn.o_proj", "mlp.down_proj"),
+        final_norm="model.norm",
+        reader="lm_head",
+    )
+
+
 LLAMA = Family(
     name="llama",
     blocks="model.layers",
     attention="self_attn",
     sites=_sites,
     inputs=GATED_INPUTS,
+    stream=_stream,
 )

@@ -2,7 +2,7 @@
 
 from transformers import PretrainedConfig
 
-from bitfold.models.family import Family, FcPair, NormSite, QueryKey, Site, ValueOutput
+from bitfold.models.family import Family, FcPair, NormSite, QueryKey, Site, Stream, ValueOutput
 
 __all__ = ["OPT"]
 
@@ -26,11 +26,28 @@ def _sites(config: PretrainedConfig) -> tuple[Site, ...]:
     )
 
 
+def _stream(config: PretrainedConfig) -> Stream | None:
+    if not (config.do_layer_norm_before and config.layer_norm_elementwise_affine):
+        return None
+    projected = config.word_embed_proj_dim != config.hidden_size
+    prefix = "model.decoder"
+    positions = f"{prefix}.embed_positions"
+    return Stream(
+        embeddings=(positions,) if projected else (f"{prefix}.embed_tokens", positions),
+        block_writers=("self_attn.out_proj", "fc2"),
+        final_norm=f"{prefix}.final_layer_norm",
+        reader=f"{prefix}.project_out" if projected else "lm_head",
+        writers=(f"{prefix}.project_in",) if projected else (),
+        reads_mean=True,
+    )
+
+
 OPT = Family(
     name="opt",
     blocks="model.decoder.layers",
     attention="self_attn",
     sites=_sites,
     inputs=(_QKV, ("self_attn.out_proj",), ("fc1",), ("fc2",)),
+    stream=_stream,
     flattened_inputs=("fc1", "fc2"),
 )

@@ -21,9 +21,12 @@ __all__ = ["fake_quantize_trainable", "quantize_through"]
 
 
 def quantize_through(
-    groups: Tensor, minimum: Tensor, maximum: Tensor, scheme: TensorScheme
+    groups: Tensor, minimum: Tensor, maximum: Tensor, scheme: TensorScheme, *, clips: bool = True
 ) -> Tensor:
-    """Fake-quantized groups [..., g] between limits [..., 1]; differentiable in all three."""
+    """Fake-quantized groups [..., g] between limits [..., 1]; differentiable in all three.
+
+    clips: whether values may lie outside the limits; False spares the masks where the limits are their own extremes.
+    """
     if scheme.grid != "int":
         scale, _ = scale_and_zero(minimum.detach(), maximum.detach(), scheme)
         rounded = _dequantize(quantize(groups.detach(), scale, None, scheme), scale, None, scheme)
@@ -31,7 +34,9 @@ def quantize_through(
     if scheme.symmetric:
         largest = torch.maximum(-minimum.clamp(max=0), maximum.clamp(min=0))
         minimum, maximum = -largest, largest
-    result: Tensor = _Through.apply(groups, minimum.clamp(max=0), maximum.clamp(min=0), scheme)
+    result: Tensor = _Through.apply(
+        groups, minimum.clamp(max=0), maximum.clamp(min=0), scheme, clips
+    )
     return result
 
 
@@ -39,7 +44,7 @@ def fake_quantize_trainable(x: Tensor, scheme: TensorScheme) -> Tensor:
     """Fake quantization with x's own min-max range, differentiable in x and through the range; same shape as x."""
     groups = to_groups(x, scheme)
     minimum, maximum = groups.amin(dim=-1, keepdim=True), groups.amax(dim=-1, keepdim=True)
-    return from_groups(quantize_through(groups, minimum, maximum, scheme), x.shape)
+    return from_groups(quantize_through(groups, minimum, maximum, scheme, clips=False), x.shape)
 
 
 class _Through(torch.autograd.Function):
@@ -47,7 +52,12 @@ class _Through(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, groups: Tensor, minimum: Tensor, maximum: Tensor, scheme: TensorScheme
+        ctx: Any,
+        groups: Tensor,
+        minimum: Tensor,
+        maximum: Tensor,
+        scheme: TensorScheme,
+        clips: bool,
     ) -> Tensor:
         steps = _steps(scheme)
         scale = ((maximum - minimum) / steps).clamp(min=1e-12)
@@ -57,7 +67,7 @@ class _Through(torch.autograd.Function):
             zero = (scheme.qmin - torch.round(minimum / scale)).clamp_(scheme.qmin, scheme.qmax)
             u += zero
         ctx.save_for_backward(u)
-        ctx.steps, ctx.scheme = steps, scheme
+        ctx.steps, ctx.scheme, ctx.clips = steps, scheme, clips
         codes = u.clamp(scheme.qmin, scheme.qmax).round_()
         if zero is not None:
             codes -= zero
@@ -69,14 +79,16 @@ class _Through(torch.autograd.Function):
         (u,) = ctx.saved_tensors
         scheme: TensorScheme = ctx.scheme
         clamped = u.clamp(scheme.qmin, scheme.qmax)
-        inside = clamped == u
-        on_groups = gradient * inside
+        if not ctx.clips:
+            rounding = clamped.round_().sub_(u).mul_(gradient).sum(dim=-1, keepdim=True) / ctx.steps
+            return gradient, -rounding, rounding, None, None
         # dx̂/ds of what is inside, spread on both ends; what is clipped follows its own end.
-        rounding = (clamped.round().sub_(u)).mul_(on_groups).sum(dim=-1, keepdim=True) / ctx.steps
+        on_groups = torch.where(clamped == u, gradient, 0.0)
         clipped = gradient - on_groups
-        above = (clipped * (u > 0)).sum(dim=-1, keepdim=True)
+        rounding = clamped.round_().sub_(u).mul_(on_groups).sum(dim=-1, keepdim=True) / ctx.steps
+        above = torch.where(u > 0, clipped, 0.0).sum(dim=-1, keepdim=True)
         below = clipped.sum(dim=-1, keepdim=True) - above
-        return on_groups, below - rounding, above + rounding, None
+        return on_groups, below - rounding, above + rounding, None, None
 
 
 def _steps(scheme: TensorScheme) -> float:

@@ -47,8 +47,11 @@ def block_problem(
         added = target("original", streams.original) - streams.original
     power = added.square().mean().clamp(min=1e-30).to(device)
 
-    def loss(rewritten: Mapping[str, Tensor], windows: Tensor, terms: Terms) -> Tensor:
-        with _trainable(skeleton, index, plan, schemes):
+    def loss(rewritten: Mapping[str, Tensor], windows: Tensor, terms: Terms, low: bool) -> Tensor:
+        with (
+            _trainable(skeleton, index, plan, schemes),
+            torch.autocast(device.type, torch.bfloat16, enabled=low),
+        ):
             found = skeleton.run(index, rewritten, given[windows].to(device))
         total = torch.zeros((), device=device)
         for term, stream in (("original", streams.original), ("quantized", given)):

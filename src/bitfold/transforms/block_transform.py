@@ -23,8 +23,9 @@ class BlockProblem:
     """A block to be rewritten so that it rounds well.
 
     weights: by name, in the dtype of computation. schemes: of the linear layers. windows: how many there are.
-    loss(weights, windows, terms): mean squared error of the block's output with these (rewritten, rounded) weights on
-    the windows of these indices, relative to what the block adds to the stream; differentiable in the weights.
+    loss(weights, windows, terms, low): mean squared error of the block's output with these (rewritten, rounded) weights
+    on the windows of these indices, relative to what the block adds to the stream; differentiable in the weights. `low`
+    runs the block's matrix products in bfloat16.
     seed: of everything drawn. report(done, total, what): progress.
     """
 
@@ -33,7 +34,7 @@ class BlockProblem:
     schemes: Mapping[str, Scheme]
     heads: Heads
     windows: int
-    loss: Callable[[Mapping[str, Tensor], Tensor, Terms], Tensor]
+    loss: Callable[[Mapping[str, Tensor], Tensor, Terms, bool], Tensor]
     seed: int
     report: Callable[[int, int, str], None]
 
