@@ -1,0 +1,72 @@
+"""What the benchmarks share: one environment for this process and its children, and bitfold as a subprocess."""
+
+import ctypes.util
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import bitfold
+
+__all__ = ["bitfold_json", "fix_environment", "machine", "source_version"]
+
+
+def fix_environment(threads: int) -> None:
+    """Start this process again with `threads` threads and jemalloc (if found); its children inherit both."""
+    wanted = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    jemalloc = ctypes.util.find_library("jemalloc")
+    if jemalloc and "LD_PRELOAD" not in os.environ:
+        wanted |= {"LD_PRELOAD": jemalloc, "MALLOC_CONF": "dirty_decay_ms:-1,muzzy_decay_ms:-1"}
+    if any(os.environ.get(key) != value for key, value in wanted.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | wanted)
+
+
+def bitfold_json(*arguments: str | Path) -> dict[str, Any]:
+    """What `bitfold ARGUMENTS --json` prints, and what the process took, its start included: process_seconds on the
+    clock, process_cpu_seconds on the processors. Its error, where it fails, is this process's."""
+    command = [sys.executable, "-m", "bitfold", *map(str, arguments), "--json"]
+    start, start_cpu = time.perf_counter(), _children_cpu_seconds()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\nexit code {done.returncode}\n{done.stderr}")
+    content: dict[str, Any] = json.loads(done.stdout)
+    content["process_seconds"] = time.perf_counter() - start
+    content["process_cpu_seconds"] = _children_cpu_seconds() - start_cpu
+    return content
+
+
+def _children_cpu_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def machine() -> str:
+    """One line on what the figures were measured with."""
+    import torch
+    import transformers
+
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0].partition(":")[2].strip() if names else cpu
+    allocator = "jemalloc" if "jemalloc" in os.environ.get("LD_PRELOAD", "") else "malloc"
+    threads = os.environ.get("OMP_NUM_THREADS")
+    return (
+        f"{cpu}, {os.cpu_count()} cores, {threads} thread(s), {allocator}, Python "
+        f"{platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
+    )
+
+
+def source_version() -> str:
+    """bitfold's version, and the commit it is run from if that is a git checkout."""
+    where = Path(bitfold.__file__).parent
+    asked = ["git", "-C", str(where), "describe", "--always", "--dirty", "--exclude=*"]
+    done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    commit = f" ({done.stdout.strip()})" if done.returncode == 0 else ""
+    return f"{bitfold.__version__}{commit}"
