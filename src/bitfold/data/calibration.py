@@ -21,7 +21,7 @@ from bitfold.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Calibration", "load_calibration"]
+__all__ = ["Calibration", "check_samples", "load_calibration"]
 
 SUFFIXES = (".txt", ".jsonl", ".npy")
 DOCUMENT_BREAK = "\n\n"
@@ -45,7 +45,7 @@ class Calibration:
 
 def load_calibration(
     files: Sequence[Path],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     *,
     samples: int,
     sequence_length: int,
@@ -59,10 +59,11 @@ def load_calibration(
     consecutive windows of `sequence_length`, and `samples` of them drawn by `seed`, kept in order.
     .npy holds token ids [samples, length]: the first `samples` rows, each cut to `sequence_length`.
 
+    `tokenizer` may be None where all files are .npy.
+
     Raises DataError naming the file, the line where there is one, and the mend.
     """
-    if samples < 1:
-        raise DataError(f"samples must be at least 1, not {samples}")
+    check_samples(samples)
     check_sequence_length(sequence_length)
     paths = [Path(file) for file in files]
     notes = []
@@ -89,6 +90,7 @@ def load_calibration(
             f"{names}: token ids (.npy) and text cannot be mixed: give files of one kind"
         )
     else:
+        assert tokenizer is not None, "text needs a tokenizer"
         text = DOCUMENT_BREAK.join(_read_documents(path, tokenizer) for path in paths)
         rows = _cut(tokenize(text, tokenizer, vocab_size=vocab_size), sequence_length, names)
         generator = torch.Generator().manual_seed(seed)
@@ -103,6 +105,12 @@ def load_calibration(
         sha256=hashlib.sha256(chosen.numpy().astype("<i8").tobytes()).hexdigest(),
         notes=tuple(notes),
     )
+
+
+def check_samples(samples: int) -> None:
+    """Raise DataError for fewer than one calibration window."""
+    if samples < 1:
+        raise DataError(f"The number of samples must be at least 1, not {samples}: give more.")
 
 
 def _check_suffix(path: Path) -> None:

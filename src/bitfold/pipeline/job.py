@@ -1,6 +1,5 @@
-"""A run before its first block: everything that is settled once, and every check that can be made at once."""
+"""Before the first block: everything a run needs is found, checked and settled."""
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +7,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bitfold.data import Calibration, default_sequence_length, load_calibration
+from bitfold.data import (
+    Calibration,
+    check_samples,
+    check_sequence_length,
+    default_sequence_length,
+    load_calibration,
+)
 from bitfold.errors import DataError, OutputError
 from bitfold.models.checkpoint import Checkpoint
 from bitfold.models.skeleton import Skeleton
-from bitfold.pipeline.estimate import artifact_bytes
 from bitfold.pipeline.plan import Plan, make_plan
 from bitfold.pipeline.request import request_hash
 from bitfold.pipeline.streams import PROBE_LENGTH, PROBE_WINDOWS, Streams
@@ -21,12 +25,16 @@ from bitfold.runtime.checkpoint import find_checkpoint
 from bitfold.runtime.device import resolve_device, resolve_dtype
 from bitfold.runtime.load import load_tokenizer
 
-__all__ = ["Job", "check_disk", "prepare", "start_streams"]
+__all__ = ["Job", "prepare"]
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything a run has settled before its first block."""
+    """What a run has settled before its first block.
+
+    model: as the user named it; source: its directory. probe: token ids [windows, length] of the probe. dtype: in
+    which calibration and simulation run. request: all that the artifact's bytes depend on, hashed.
+    """
 
     source: Path
     model: str
@@ -39,61 +47,93 @@ class Job:
     request: str
     notes: tuple[str, ...]
 
+    @property
+    def keeps_original(self) -> bool:
+        """Whether the original model's activations of the calibration windows are needed."""
+        recipe = self.plan.recipe
+        return recipe.stream == "original" or "loss" in recipe.needs
+
+    @property
+    def stream_tokens(self) -> Tensor | None:
+        """Token ids [windows, length] of the calibration streams; None where the recipe needs none."""
+        if self.calibration is None or not self.plan.recipe.calibrates:
+            return None
+        return self.calibration.tokens
+
+    def start_streams(self) -> Streams:
+        """The activation streams before the first block."""
+        outer = self.skeleton.load_outer(self.dtype)
+        return Streams.start(
+            self.skeleton,
+            outer,
+            self.stream_tokens,
+            self.probe,
+            keep_original=self.keeps_original,
+        )
+
 
 def prepare(
     model: str,
     out: Path,
     recipe: Recipe,
-    calibration: Sequence[str | Path],
+    *,
+    calibration: Sequence[Path],
     samples: int,
     sequence_length: int | None,
     device: str | torch.device,
     dtype: str | torch.dtype,
 ) -> Job:
+    """Find the checkpoint and the text, and hold everything against everything before weights are read.
+
+    Raises a BitfoldError, one clear sentence, for the first thing that cannot be.
+    """
     source = find_checkpoint(model)
     if source.resolve() == out.resolve():
         raise OutputError(f"The output {out} is the model itself: choose another -o.")
     device = resolve_device(device)
-    checkpoint = Checkpoint(source)
-    skeleton = Skeleton(checkpoint, device)
+    skeleton = Skeleton(Checkpoint(source), device)
     plan = make_plan(skeleton, recipe)
     resolved = resolve_dtype(dtype, device)
     compute = plan.storage if resolved == "auto" else resolved
-    limit = getattr(skeleton.config, "max_position_embeddings", None)
-    if sequence_length is not None and limit is not None and sequence_length > limit:
-        raise DataError(
-            f"A sequence length of {sequence_length} is more than the {limit} positions of the model: "
-            f"choose at most {limit}."
-        )
-    length = (
-        default_sequence_length(skeleton.config) if sequence_length is None else sequence_length
-    )
-    data: Calibration | None = None
+    length = _window_length(skeleton, sequence_length)
+    check_samples(samples)
+    data = None
     if recipe.calibrates or calibration:
-        files = [Path(file) for file in calibration]
-        needs_tokenizer = not files or any(file.suffix != ".npy" for file in files)
+        needs_tokenizer = not calibration or any(f.suffix.lower() != ".npy" for f in calibration)
         data = load_calibration(
-            files,
+            calibration,
             load_tokenizer(source) if needs_tokenizer else None,
             samples=samples,
             sequence_length=length,
             seed=recipe.seed,
             vocab_size=skeleton.config.vocab_size,
         )
-    notes = plan.notes + (data.notes if data else ())
-    request = request_hash(checkpoint, recipe, data, compute, device)
     return Job(
-        source,
-        model,
-        out,
-        skeleton,
-        plan,
-        data,
-        _probe_tokens(skeleton, data),
-        compute,
-        request,
-        notes,
+        source=source,
+        model=model,
+        out=out,
+        skeleton=skeleton,
+        plan=plan,
+        calibration=data,
+        probe=_probe_tokens(skeleton, data),
+        dtype=compute,
+        request=request_hash(skeleton.checkpoint, recipe, data, compute, device),
+        notes=plan.notes + (data.notes if data else ()),
     )
+
+
+def _window_length(skeleton: Skeleton, asked: int | None) -> int:
+    """Tokens of a calibration window; DataError for a length that cannot be, needed by the recipe or not."""
+    if asked is None:
+        return default_sequence_length(skeleton.config)
+    check_sequence_length(asked)
+    positions = getattr(skeleton.config, "max_position_embeddings", None)
+    if positions is not None and asked > positions:
+        raise DataError(
+            f"A sequence length of {asked} is more than the {positions} positions of the model: "
+            f"choose at most {positions}."
+        )
+    return asked
 
 
 def _probe_tokens(skeleton: Skeleton, calibration: Calibration | None) -> Tensor:
@@ -104,27 +144,3 @@ def _probe_tokens(skeleton: Skeleton, calibration: Calibration | None) -> Tensor
     shape = (PROBE_WINDOWS, min(PROBE_LENGTH, limit))
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, skeleton.config.vocab_size, shape, generator=generator)
-
-
-def start_streams(job: Job) -> Streams:
-    recipe = job.plan.recipe
-    tokens = job.calibration.tokens if job.calibration is not None and recipe.calibrates else None
-    outer = job.skeleton.load_outer(job.dtype)
-    keep_original = recipe.stream == "original" or "loss" in recipe.needs
-    return Streams.start(job.skeleton, outer, tokens, job.probe, keep_original=keep_original)
-
-
-def check_disk(job: Job) -> None:
-    needed = artifact_bytes(job.skeleton, job.plan)
-    if job.calibration is not None and job.plan.recipe.calibrates:
-        hidden = job.calibration.tokens.numel() * job.skeleton.config.hidden_size
-        needed += 4 * hidden * job.dtype.itemsize
-    parent = job.out.parent
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise OutputError(
-            f"The run needs {needed / 1e9:.2f} GB of disk at {parent}, and {free / 1e9:.2f} GB are free: "
-            "make room, or choose an -o on another disk."
-        )

@@ -11,7 +11,7 @@ from torch import Tensor
 from bitfold.errors import VerificationError
 from bitfold.evaluate.statistics import mean_and_error, token_statistics
 
-__all__ = ["PROBE_FILE", "Probe", "probe_report"]
+__all__ = ["PROBE_FILE", "Probe", "probe_bytes", "probe_report"]
 
 PROBE_FILE = "verification.npz"
 # What is kept: logits at so many positions of each window, for so many tokens of the vocabulary.
@@ -75,6 +75,12 @@ class Probe:
 def _spread(extent: int, count: int) -> Tensor:
     """At most `count` indices spread evenly over 0 … extent − 1, both ends included."""
     return torch.linspace(0, extent - 1, min(extent, count)).round().long()
+
+
+def probe_bytes(windows: int, length: int, vocabulary: int) -> int:
+    """About the size of the file that `Probe.save` writes."""
+    logits = windows * min(length, _POSITIONS) * min(vocabulary, _VOCABULARY)
+    return 4 * logits + 8 * (windows * length + _VOCABULARY) + 1500
 
 
 def probe_report(tokens: Tensor, logits: Tensor, original: Tensor) -> dict[str, Any]:

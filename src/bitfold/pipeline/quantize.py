@@ -1,29 +1,29 @@
 """The main job: a checkpoint and a recipe in, an artifact out, one block in memory at a time."""
 
-import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
-from bitfold.errors import BitfoldError, CheckpointError, DataError, OutputError
-from bitfold.evaluate.memory import peak_rss_mb
+from bitfold.errors import BitfoldError, CheckpointError, OutputError, RecipeError
 from bitfold.export.artifact import shard_name, tensor_sums
 from bitfold.models.checkpoint import tensor_bytes
-from bitfold.models.skeleton import Skeleton
 from bitfold.pipeline.block import QuantizedBlock, quantize_block, run_quantized
+from bitfold.pipeline.disk import check_disk
 from bitfold.pipeline.estimate import Estimate, estimate
-from bitfold.pipeline.job import Job, check_disk, prepare, start_streams
-from bitfold.pipeline.plan import Plan
+from bitfold.pipeline.job import Job, prepare
 from bitfold.pipeline.probe import Probe, probe_report
-from bitfold.pipeline.publish import Quantization, already_finished, publish
+from bitfold.pipeline.publish import publish
+from bitfold.pipeline.result import Quantization, read_result
 from bitfold.pipeline.shards import block_tensors, check_shard
 from bitfold.pipeline.streams import Streams, advance
 from bitfold.pipeline.verify import verify_blocks
-from bitfold.pipeline.workdir import Workdir, finished_request, refuse_foreign, writing
+from bitfold.pipeline.workdir import Workdir, finished_request, refuse_foreign
 from bitfold.recipe import Recipe
 
 __all__ = ["Progress", "Quantization", "quantize"]
@@ -38,15 +38,15 @@ def quantize(
     *,
     method: str | None = None,
     scheme: str | None = None,
-    recipe: Recipe | Path | None = None,
-    set: Sequence[str] = (),
-    calibration: Sequence[str | Path] = (),
+    recipe: Recipe | str | Path | None = None,
+    set: str | Sequence[str] = (),
+    calibration: str | Path | Sequence[str | Path] = (),
     samples: int = 128,
     sequence_length: int | None = None,
     seed: int | None = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
-    ignore: Sequence[str] = (),
+    ignore: str | Sequence[str] = (),
     overwrite: bool = False,
     resume: bool = True,
     dry_run: bool = False,
@@ -64,93 +64,105 @@ def quantize(
     Raises a BitfoldError, one clear sentence, for anything wrong with input, recipe or machine.
     """
     start = time.perf_counter()
-    report = progress or (lambda done, total, what: None)
     if not isinstance(recipe, Recipe):
-        recipe = Recipe.make(method, scheme, file=recipe, set=set, ignore=ignore, seed=seed)
-    elif method or scheme or set or ignore:
-        raise DataError("Give a finished Recipe, or method, scheme, set and ignore, not both.")
+        file = None if recipe is None else Path(recipe)
+        set, ignore = _several(set), _several(ignore)
+        recipe = Recipe.make(method, scheme, file=file, set=set, ignore=ignore, seed=seed)
+    elif method or scheme or set or ignore or seed is not None:
+        raise RecipeError(
+            "A finished Recipe goes without method, scheme, set, ignore and seed: give one or the other."
+        )
     out = Path(out).expanduser().absolute()
     refuse_foreign(out)
-    job = prepare(str(model), out, recipe, calibration, samples, sequence_length, device, dtype)
-    with torch.no_grad():
-        streams = start_streams(job) if dry_run else None
-        if streams is not None:
-            return estimate(job.skeleton, job.plan, streams, job.dtype)
-        finished = finished_request(out)
-        if finished is not None and not overwrite:
-            if finished == job.request:
-                return already_finished(job)
-            raise OutputError(
-                f"{out} holds an artifact of another recipe, checkpoint or calibration: "
-                "add --overwrite to replace it, or choose another -o."
-            )
-        check_disk(job)
-        workdir = Workdir(out)
-        with workdir.opened(job.request, resume=resume):
-            try:
-                probe = _run(job, workdir, report)
-            except OutputError:
-                raise  # what is finished stays: with room on the disk the run goes on
-            except BitfoldError:
-                workdir.discard()
-                raise
-            total = len(job.skeleton.blocks)
-            summary = publish(job, workdir, probe)
-            report(total, total, "done")
-    return Quantization(
-        **summary,
-        seconds=time.perf_counter() - start,
-        resumed_blocks=workdir.resumed,
-        peak_rss_mb=peak_rss_mb(),
-        notes=job.notes,
+    job = prepare(
+        str(model),
+        out,
+        recipe,
+        calibration=[Path(file) for file in _several(calibration)],
+        samples=samples,
+        sequence_length=sequence_length,
+        device=device,
+        dtype=dtype,
     )
+    finished = finished_request(out)
+    if finished not in (None, job.request) and not overwrite:
+        raise OutputError(
+            f"{out} holds an artifact of another recipe, checkpoint or calibration: "
+            "add --overwrite to replace it, or choose another -o."
+        )
+    if dry_run:
+        with torch.no_grad():
+            return estimate(job)
+    workdir = Workdir(out)
+    if finished and not overwrite:
+        workdir.tidy()
+        return read_result(job, seconds=0.0, resumed_blocks=None, finished_before=True)
+    check_disk(job)
+    with torch.no_grad(), workdir.opened(job.request):
+        try:
+            resumed = _run(job, workdir, resume, progress or (lambda done, total, what: None))
+        except OutputError:
+            raise  # what is finished stays: with room on the disk the run goes on
+        except BitfoldError:
+            workdir.discard()
+            raise
+    return read_result(job, seconds=time.perf_counter() - start, resumed_blocks=resumed)
 
 
-def _run(job: Job, workdir: Workdir, report: Progress) -> Probe:
-    """Quantize every block that is not done yet, and verify the whole; returns the probe of the simulation."""
+def _several(values: Any) -> Sequence[Any]:
+    """One value or a sequence of them, as a sequence."""
+    return [values] if isinstance(values, str | Path) else values
+
+
+def _run(job: Job, workdir: Workdir, resume: bool, report: Progress) -> int:
+    """Quantize every block that is not done yet, verify the whole and publish it; returns how many were done."""
     skeleton, plan, dtype = job.skeleton, job.plan, job.dtype
     count = len(skeleton.blocks)
-    with writing(workdir.path):
-        if workdir.done and workdir.streams.is_file():
-            streams = Streams.restore(workdir.streams)
-        else:
-            workdir.done, workdir.blocks, workdir.resumed = 0, [], 0
-            streams = start_streams(job)
-            workdir.write_tensors(shard_name(0, count + 1), _outer_tensors(skeleton))
-    for index in range(workdir.done, count):
+    streams = _resumed_streams(workdir) if resume else None
+    if streams is None:
+        workdir.restart()
+        streams = job.start_streams()
+    resumed = len(workdir.blocks)
+    workdir.write_tensors(shard_name(0, count + 1), skeleton.load_outer())
+    for index in range(resumed, count):
         here = f"block {index + 1} of {count}"
         report(index, count, here)
-        block = quantize_block(
-            skeleton, index, plan, streams, dtype, _within(report, index, count, here)
-        )
-        _advance_streams(skeleton, index, block, streams, dtype)
+        within = _within(report, index, count, here)
+        block = quantize_block(skeleton, index, plan, streams, dtype, within)
+        _advance_streams(job, index, block, streams)
         name = shard_name(index + 1, count + 1)
         tensors = block_tensors(skeleton, index, plan, block)
         workdir.write_tensors(name, tensors)
         check_shard(workdir.path / name, skeleton, index, plan, block)
-        with writing(workdir.streams):
-            streams.save(workdir.streams)
-        workdir.finish_block(_block_entry(skeleton, index, plan, block, name, tensors))
+        workdir.finish_block(_block_entry(job, index, block, name, tensors), streams.save)
     outer = skeleton.load_outer(dtype)
     logits = skeleton.head(outer, streams.probe_quantized.to(skeleton.device))
     original = skeleton.head(outer, streams.probe_original.to(skeleton.device))
-    if not torch.isfinite(logits).all():
-        raise CheckpointError(
-            f"The quantized model gives logits that are not finite in {dtype}: "
-            "use a wider --dtype, or check that the original model gives finite ones."
-        )
-    workdir.write_text("probe.json", json.dumps(probe_report(job.probe, logits, original)))
+    _refuse_nonfinite(original, "the original model", job)
+    _refuse_nonfinite(logits, "the quantized model", job)
     verify_blocks(
+        job,
         workdir.path,
-        skeleton,
-        plan,
-        outer,
-        job.probe,
         logits,
-        dtype,
         lambda done: report(count, count, f"verifying block {done + 1} of {count}"),
     )
-    return Probe.of(job.probe, logits, dtype)
+    distance = probe_report(job.probe, logits, original)
+    publish(job, workdir, Probe.of(job.probe, logits, dtype), distance)
+    report(count, count, "done")
+    return resumed
+
+
+def _resumed_streams(workdir: Workdir) -> Streams | None:
+    """The streams where a killed run of the same request stopped; None unless all that it recorded is intact."""
+    if not workdir.blocks:
+        return None
+    try:
+        for entry in workdir.blocks:
+            if tensor_sums(load_file(workdir.path / entry["shard"])) != entry["sums"]:
+                return None
+        return Streams.restore(workdir.streams)
+    except (OSError, SafetensorError, KeyError):
+        return None
 
 
 def _within(report: Progress, index: int, count: int, here: str) -> Callable[[int, int, str], None]:
@@ -162,11 +174,10 @@ def _within(report: Progress, index: int, count: int, here: str) -> Callable[[in
     return inner
 
 
-def _advance_streams(
-    skeleton: Skeleton, index: int, block: QuantizedBlock, streams: Streams, dtype: torch.dtype
-) -> None:
-    run = run_quantized(skeleton, index, block, dtype)
-    original = skeleton.load_block(index, dtype)
+def _advance_streams(job: Job, index: int, block: QuantizedBlock, streams: Streams) -> None:
+    skeleton = job.skeleton
+    run = run_quantized(skeleton, index, block, job.dtype)
+    original = skeleton.load_block(index, job.dtype)
 
     def run_original(hidden: Tensor) -> Tensor:
         return skeleton.run(index, original, hidden)
@@ -177,27 +188,29 @@ def _advance_streams(
         advance(streams.quantized, run, skeleton.device)
     if streams.original is not None:
         advance(streams.original, run_original, skeleton.device)
+    name = skeleton.block_name(index)
+    _refuse_nonfinite(streams.probe_original, f"{name} of the original model", job)
+    _refuse_nonfinite(streams.probe_quantized, f"{name} of the quantized model", job)
 
 
-def _outer_tensors(skeleton: Skeleton) -> dict[str, Tensor]:
-    """Embeddings, final norm, head: as stored, under the names transformers expects."""
-    return skeleton.load_outer()
+def _refuse_nonfinite(values: Tensor, what: str, job: Job) -> None:
+    if not torch.isfinite(values).all():
+        dtype = str(job.dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"The output of {what} ({job.model}) is not finite in {dtype}: "
+            f"choose a wider --dtype{' or more bits' if 'quantized' in what else ''}."
+        )
 
 
 def _block_entry(
-    skeleton: Skeleton,
-    index: int,
-    plan: Plan,
-    block: QuantizedBlock,
-    shard: str,
-    tensors: dict[str, Tensor],
+    job: Job, index: int, block: QuantizedBlock, shard: str, tensors: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    """What the report says of a block."""
-    prefix = skeleton.block_name(index)
+    """What state and report say of a block."""
+    prefix = job.skeleton.block_name(index)
     layers = [
         {
             "name": f"{prefix}.{name}",
-            "scheme": plan.schemes[f"{prefix}.{name}"].notation,
+            "scheme": job.plan.schemes[f"{prefix}.{name}"].notation,
             "relative_error": error,
             "bits_per_weight": block.tensors[name].bits_per_weight
             if name in block.tensors

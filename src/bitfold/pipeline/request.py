@@ -6,7 +6,8 @@ import json
 import torch
 
 from bitfold.data.calibration import Calibration
-from bitfold.models.checkpoint import Checkpoint
+from bitfold.export.artifact import companion_files
+from bitfold.models.checkpoint import Checkpoint, sha256_of
 from bitfold.recipe import Recipe
 from bitfold.version import VERSION
 
@@ -24,6 +25,7 @@ def request_hash(
     parts = {
         "bitfold": VERSION,
         "source": checkpoint.fingerprint(),
+        "companions": {file.name: sha256_of(file) for file in companion_files(checkpoint.path)},
         "recipe": recipe.to_yaml(),
         "calibration": calibration.sha256 if calibration else None,
         "dtype": str(dtype),

@@ -55,14 +55,12 @@ class Streams:
     def save(self, file: Path) -> None:
         """Store both streams verbatim: recomputing X̂ from written blocks could differ in the last bit, and then
         a resumed run would not give the bytes of an uninterrupted one."""
-        named = {name: value for name, value in vars(self).items() if value is not None}
-        temporary = file.with_suffix(".writing")
-        save_file(named, temporary)
-        temporary.replace(file)
+        save_file({name: value for name, value in vars(self).items() if value is not None}, file)
 
     @classmethod
     def restore(cls, file: Path) -> "Streams":
-        named = load_file(file)
+        """What `save` stored; copied, because matrix products may depend on how their operands are aligned."""
+        named = {name: value.clone() for name, value in load_file(file).items()}
         return cls(
             named["probe_original"],
             named["probe_quantized"],

@@ -1,22 +1,25 @@
 """Nothing is trusted: an artifact's files are held against what was simulated, block by block and as a whole."""
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bitfold.errors import VerificationError
+from bitfold.errors import CheckpointError, VerificationError
 from bitfold.export.artifact import shard_name, tensor_sum
-from bitfold.models.skeleton import Skeleton
+from bitfold.models.checkpoint import Checkpoint
+from bitfold.models.headers import read_json
 from bitfold.pipeline.block import run_quantized
-from bitfold.pipeline.plan import Plan
+from bitfold.pipeline.job import Job
 from bitfold.pipeline.probe import PROBE_FILE, Probe
+from bitfold.pipeline.shards import block_from_tensors
+from bitfold.pipeline.workdir import MARKER, finished_request
+from bitfold.runtime.checkpoint import find_checkpoint
 from bitfold.runtime.load import load
 
 __all__ = ["Verification", "verify", "verify_blocks"]
@@ -43,28 +46,21 @@ class Verification:
         return asdict(self)
 
 
-def verify_blocks(
-    path: Path,
-    skeleton: Skeleton,
-    plan: Plan,
-    outer: Mapping[str, Tensor],
-    tokens: Tensor,
-    logits: Tensor,
-    dtype: torch.dtype,
-    progress: Callable[[int], None],
-) -> None:
-    """Run the probe through the written shards, one block in memory, and compare with the simulation's logits.
+def verify_blocks(job: Job, path: Path, logits: Tensor, progress: Callable[[int], None]) -> None:
+    """Run the probe through the shards written at `path`, one in memory, and compare with the simulation's logits.
 
     Raises VerificationError where they differ.
     """
-    from bitfold.pipeline.shards import block_from_tensors
-
+    skeleton, dtype = job.skeleton, job.dtype
     count = len(skeleton.blocks)
-    hidden = skeleton.embed(outer, tokens.to(skeleton.device))
+    device = str(skeleton.device)
+    outer = load_file(path / shard_name(0, count + 1), device=device)
+    outer = {name: value.to(dtype) for name, value in outer.items()}
+    hidden = skeleton.embed(outer, job.probe.to(skeleton.device))
     for index in range(count):
         progress(index)
-        tensors = load_file(path / shard_name(index + 1, count + 1), device=str(skeleton.device))
-        block = block_from_tensors(skeleton, index, plan, tensors)
+        tensors = load_file(path / shard_name(index + 1, count + 1), device=device)
+        block = block_from_tensors(skeleton, index, job.plan, tensors)
         hidden = run_quantized(skeleton, index, block, dtype)(hidden)
     difference = _relative(skeleton.head(outer, hidden), logits)
     tolerance = TOLERANCE.get(str(dtype).removeprefix("torch."), TOLERANCE_HALF)
@@ -86,11 +82,11 @@ def verify(
     Raises VerificationError naming the tensor that was changed, or the difference of the logits; CheckpointError when
     it cannot be loaded.
     """
-    out = Path(out).expanduser()
+    out = find_checkpoint(out)
     say = progress or (lambda what: None)
-    probe = Probe.load(out / PROBE_FILE)
     say("checking tensors")
     count = _check_sums(out)
+    probe = Probe.load(out / PROBE_FILE)
     say("loading")
     model = load(out, device=device, dtype=probe.dtype)
     say("comparing logits")
@@ -118,30 +114,33 @@ def verify(
 
 def _check_sums(out: Path) -> int:
     """Hold every stored tensor against the sum recorded for it; returns how many there are."""
-    try:
-        sums: dict[str, str] = json.loads((out / "checksums.json").read_text(encoding="utf-8"))
-        index = json.loads((out / "model.safetensors.index.json").read_text(encoding="utf-8"))
-        weight_map: dict[str, str] = index["weight_map"]
-    except (OSError, ValueError, KeyError) as error:
-        raise VerificationError(
-            f"{out} is no whole artifact of bitfold ({error}): quantize again."
-        ) from error
-    if missing := sorted(set(sums).symmetric_difference(weight_map)):
-        raise VerificationError(f"{out}: {missing[0]} is missing, or was added: quantize again.")
-    for shard in sorted(set(weight_map.values())):
-        try:
-            with safe_open(out / shard, framework="pt") as handle:
-                for name in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
-                    if tensor_sum(handle.get_tensor(name)) != sums.get(name):
-                        raise VerificationError(
-                            f"{name} in {out / shard} is not what was written: the file was changed or damaged; "
-                            "quantize again."
-                        )
-        except (SafetensorError, OSError) as error:
-            raise VerificationError(
-                f"{out / shard} is truncated or damaged ({error}): quantize again."
-            ) from error
+    sums = _read_sums(out)
+    checkpoint = Checkpoint(out)
+    if odd := sorted(set(sums).symmetric_difference(checkpoint.tensors)):
+        was = "is missing from" if odd[0] in sums else "was added to"
+        raise VerificationError(f"{odd[0]} {was} {out}: quantize again.")
+    for file in checkpoint.files:
+        with safe_open(file, framework="pt") as handle:
+            for name in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                if tensor_sum(handle.get_tensor(name)) != sums[name]:
+                    raise VerificationError(
+                        f"{name} in {file} is not what was written: the file was changed or damaged; quantize again."
+                    )
     return len(sums)
+
+
+def _read_sums(out: Path) -> dict[str, str]:
+    if finished_request(out) is None:
+        raise VerificationError(
+            f"{out} is no artifact of bitfold (it has no readable {MARKER}): "
+            "give a directory that `bitfold quantize` wrote."
+        )
+    try:
+        return read_json(out / "checksums.json")
+    except CheckpointError as error:
+        raise VerificationError(
+            f"The checksums of {out} are missing or damaged: quantize again."
+        ) from error
 
 
 def _relative(found: Tensor, expected: Tensor) -> float:

@@ -1,7 +1,15 @@
-"""The place where an artifact grows: a hidden sibling of the final directory, renamed when it is whole.
+"""The place where an artifact grows: a hidden sibling of the final directory.
 
-Everything here is written to a temporary name first and renamed, so that a kill at any moment leaves a state from
-which the run goes on, and the final name is never carried by something half-written.
+    .OUT.partial/
+        lock                    held by the run that works here
+        state.json              the request, and an entry for every finished block
+        streams-00003.safetensors   the activation streams as they stand before block 3
+        artifact/               becomes OUT
+        replaced/               an earlier OUT, between the two renames that replace it
+        writing                 the file that is being written at this moment
+
+A kill at any moment leaves a state from which the run goes on: every file is written under the name `writing` and
+renamed when it is whole, the streams' name says which state they belong to, and OUT appears by a rename.
 """
 
 import errno
@@ -9,10 +17,10 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -20,151 +28,183 @@ from torch import Tensor
 
 from bitfold.errors import OutputError
 
-__all__ = ["MARKER", "Workdir", "finished_request", "refuse_foreign", "writing"]
+__all__ = ["MARKER", "Workdir", "existing_parent", "finished_request", "refuse_foreign", "writing"]
 
 MARKER = "provenance.json"
-_STATE = "state.json"
-_STREAMS = "streams.safetensors"
-_OWN = (_STATE, _STREAMS, "lock")
+_LOCK = "lock"
 
 
 class Workdir:
-    """The growing artifact. `path` is its directory; `done` the number of blocks that are finished."""
+    """The growing artifact. `path` is its directory, `blocks` the entries of the blocks that are finished."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self.path = out.parent / f".{out.name}.partial"
-        self.streams = self.path / _STREAMS
-        self.done = 0
+        self.root = out.parent / f".{out.name}.partial"
+        self.path = self.root / "artifact"
         self.blocks: list[dict[str, Any]] = []
-        self.resumed = 0
+
+    @property
+    def streams(self) -> Path:
+        """The streams before the first block that is not finished."""
+        return self.root / f"streams-{len(self.blocks):05d}.safetensors"
 
     @contextmanager
-    def opened(self, request: str, *, resume: bool) -> Iterator["Workdir"]:
-        """Take the directory for this run; what an earlier run of the same request left is kept if `resume`.
+    def opened(self, request: str) -> Iterator["Workdir"]:
+        """Take the directory for this run; `blocks` are those that an earlier run of the same request finished.
 
-        Raises OutputError when another process works there or it cannot be written.
+        Raises OutputError when another process works there, or it cannot be written.
         """
-        with writing(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / "lock").open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            lock.close()
-            raise OutputError(
-                f"Another bitfold run is writing {self.out}: wait for it, or choose another -o."
-            ) from error
+        with writing(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+            lock = (self.root / _LOCK).open("w")
         with lock:
-            state = self._read_state()
-            if resume and state.get("request") == request:
-                self.done, self.blocks = len(state["blocks"]), state["blocks"]
-                self.resumed = self.done
-            else:
-                self._clear()
+            self._take(lock)
+            with writing(self.path):
+                self.path.mkdir(exist_ok=True)
             self._request = request
+            self.blocks = self._read_state()
             yield self
 
-    def finish_block(self, entry: Mapping[str, Any]) -> None:
-        """Record a block whose shard and streams are written."""
+    def restart(self) -> None:
+        """Forget what an earlier run left, its state first: the rest means nothing without it."""
+        self.blocks = []
+        with writing(self.root):
+            (self.root / "state.json").unlink(missing_ok=True)
+            for entry in self.root.iterdir():
+                if entry.name != _LOCK:
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            self.path.mkdir()
+
+    def finish_block(self, entry: Mapping[str, Any], save_streams: Callable[[Path], None]) -> None:
+        """Record a block whose shard is written.
+
+        The state decides which streams count: a kill before it is written leaves new ones that are written again, a
+        kill after it old ones that nobody reads.
+        """
+        before = self.streams
         self.blocks.append(dict(entry))
-        self.done += 1
-        self.write_text(_STATE, json.dumps({"request": self._request, "blocks": self.blocks}))
+        self._write(self.streams, save_streams)
+        state = json.dumps({"request": self._request, "blocks": self.blocks})
+        self._write(self.root / "state.json", lambda file: file.write_text(state, encoding="utf-8"))
+        before.unlink(missing_ok=True)
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a small file whole or not at all."""
-        with writing(self.path / name):
-            temporary = self.path / f"{name}.writing"
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(self.path / name)
+        """Write a small file of the artifact."""
+        self._write(self.path / name, lambda file: file.write_text(text, encoding="utf-8"))
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write a shard whole or not at all."""
-        with writing(self.path / name):
-            temporary = self.path / f"{name}.writing"
-            contiguous = {key: tensors[key].cpu().contiguous() for key in sorted(tensors)}
-            save_file(contiguous, temporary, metadata={"format": "pt"})
-            temporary.chmod(0o644)  # safetensors makes it readable for its owner alone
-            temporary.replace(self.path / name)
+        """Write a shard of the artifact."""
+        contiguous = {key: tensors[key].cpu().contiguous() for key in sorted(tensors)}
+
+        def save(file: Path) -> None:
+            save_file(contiguous, file, metadata={"format": "pt"})
+            file.chmod(0o644)  # safetensors makes it readable for its owner alone
+
+        self._write(self.path / name, save)
 
     def publish(self) -> None:
         """Give the finished artifact its name, in place of an earlier one."""
-        for name in _OWN:
-            (self.path / name).unlink(missing_ok=True)
         with writing(self.out):
             if self.out.exists():
-                old = self.out.parent / f".{self.out.name}.replaced"
-                shutil.rmtree(old, ignore_errors=True)
-                self.out.rename(old)
-                self.path.rename(self.out)
-                shutil.rmtree(old)
-            else:
-                self.path.rename(self.out)
+                replaced = self.root / "replaced"
+                shutil.rmtree(replaced, ignore_errors=True)
+                self.out.rename(replaced)
+            self.path.rename(self.out)
+        self.discard()
 
     def discard(self) -> None:
-        """Remove all of it: after an error that running again would only repeat."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Remove all of it: it is published, or running again would only repeat the error."""
+        shutil.rmtree(self.root, ignore_errors=True)
 
-    def _read_state(self) -> dict[str, Any]:
+    def tidy(self) -> None:
+        """Remove what a kill just after the artifact got its name left behind."""
+        if not self.path.exists():
+            self.discard()
+
+    def _take(self, lock: IO[str]) -> None:
         try:
-            state: dict[str, Any] = json.loads((self.path / _STATE).read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
-            return {}
-        return state
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A run that ended just now has removed the file that was opened.
+            free = os.path.samestat(os.fstat(lock.fileno()), (self.root / _LOCK).stat())
+        except OSError:
+            free = False
+        if not free:
+            raise OutputError(
+                f"Another bitfold run is writing {self.out}: wait for it, or choose another -o."
+            )
 
-    def _clear(self) -> None:
-        for entry in self.path.iterdir():
-            if entry.name != "lock":
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    def _read_state(self) -> list[dict[str, Any]]:
+        """The entries of finished blocks; none where the state is missing, damaged or of another request."""
+        try:
+            state = json.loads((self.root / "state.json").read_text(encoding="utf-8"))
+            blocks: list[dict[str, Any]] = state["blocks"]
+            return blocks if state["request"] == self._request else []
+        except (OSError, ValueError, KeyError, TypeError):
+            return []
+
+    def _write(self, file: Path, save: Callable[[Path], object]) -> None:
+        """Write a file whole or not at all."""
+        temporary = self.root / "writing"
+        with writing(file):
+            try:
+                save(temporary)
+                temporary.replace(file)
+            finally:
+                temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def writing(what: Path) -> Iterator[None]:
-    """Turns the operating system's refusals to write into one clear sentence, and removes the half-written file."""
+    """Turns the operating system's refusals to write into one clear sentence."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        what.with_name(f"{what.name}.writing").unlink(missing_ok=True)
         code = getattr(error, "errno", None)
-        text = str(error)
-        if code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text:
-            free = shutil.disk_usage(_existing(what)).free / 1e9
+        if code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+            free = shutil.disk_usage(existing_parent(what)).free / 1e6
             raise OutputError(
-                f"The disk is full while writing {what} ({free:.2f} GB free): make room and run the same command "
+                f"The disk is full while writing {what} ({free:.0f} MB free): make room and run the same command "
                 "again, it goes on after the last finished block; or choose an -o on another disk."
             ) from error
-        if code in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise OutputError(
-                f"{what} cannot be written ({os.strerror(code)}): choose another -o."
-            ) from error
-        raise OutputError(f"{what} cannot be written ({text}).") from error
+        reason = os.strerror(code) if code else str(error)
+        raise OutputError(f"{what} cannot be written ({reason}): choose another -o.") from error
 
 
 def refuse_foreign(out: Path) -> None:
-    """Raises OutputError unless `out` is free, or an artifact that bitfold made."""
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise OutputError(f"{out} exists and is no directory: choose another -o.")
-    if out.is_dir() and _request_of(out) is None:
-        raise OutputError(
-            f"{out} exists and was not made by bitfold: choose another -o, or remove it."
-        )
+    """Raises OutputError unless `out` is free and can be made, or is an artifact that bitfold made."""
+    with writing(out):
+        if out.is_symlink() or (out.exists() and not out.is_dir()):
+            raise OutputError(f"{out} exists and is no directory: choose another -o.")
+        if out.is_dir() and finished_request(out) is None:
+            raise OutputError(
+                f"{out} exists and was not made by bitfold: choose another -o, or remove it."
+            )
+        root = Workdir(out).root
+        if root.exists() and not (root / _LOCK).exists() and any(root.iterdir()):
+            raise OutputError(
+                f"{root}, where bitfold would work, was not made by bitfold: choose another -o, or remove it."
+            )
+        parent = existing_parent(out)
+        if not parent.is_dir():
+            raise OutputError(
+                f"{out} cannot be made, because {parent} is no directory: choose another -o."
+            )
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise OutputError(
+                f"{out} cannot be made, because {parent} is read-only: choose another -o."
+            )
 
 
 def finished_request(out: Path) -> str | None:
     """What the artifact at `out` was made from, as a hash; None if there is none."""
-    return _request_of(out) if out.is_dir() else None
-
-
-def _request_of(out: Path) -> str | None:
     try:
         provenance = json.loads((out / MARKER).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+        request = provenance["bitfold"]["request"]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    request = provenance.get("bitfold", {}).get("request") if isinstance(provenance, dict) else None
     return request if isinstance(request, str) else None
 
 
-def _existing(path: Path) -> Path:
-    while not path.exists():
-        path = path.parent
-    return path
+def existing_parent(path: Path) -> Path:
+    """The nearest directory above `path` that is there."""
+    return next(parent for parent in path.parents if parent.exists())

@@ -1,0 +1,71 @@
+"""The disk a run takes: known to a few kilobytes before anything is written."""
+
+import shutil
+
+import torch
+from torch import Tensor
+
+from bitfold.errors import OutputError
+from bitfold.export.artifact import companion_files
+from bitfold.models.checkpoint import tensor_bytes
+from bitfold.numerics import QuantizedTensor, TensorScheme, to_groups
+from bitfold.pipeline.job import Job
+from bitfold.pipeline.probe import probe_bytes
+from bitfold.pipeline.workdir import Workdir, existing_parent
+
+__all__ = ["artifact_bytes", "check_disk", "working_bytes"]
+
+# What index, checksums and headers say of a tensor, and the report of a layer; card, recipe and provenance.
+_TEXT_OF_A_TENSOR = 420
+_TEXT = 8_000
+
+
+def artifact_bytes(job: Job) -> int:
+    """Bytes of all files of the artifact."""
+    weights = 0
+    tensors = 0
+    for name, source in job.skeleton.sources.items():
+        layer = name.removesuffix(".weight")
+        info = job.skeleton.checkpoint.tensors[source]
+        scheme = job.plan.schemes[layer].weight if layer in job.plan.schemes else None
+        if scheme is None or layer == name:
+            weights, tensors = weights + info.nbytes, tensors + 1
+        else:
+            stored = _quantized(job, layer, info.shape, scheme)
+            weights, tensors = weights + tensor_bytes(stored), tensors + len(stored)
+    companions = sum(file.stat().st_size for file in companion_files(job.source))
+    windows, length = job.probe.shape
+    probe = probe_bytes(windows, length, job.skeleton.config.vocab_size)
+    return weights + companions + probe + tensors * _TEXT_OF_A_TENSOR + _TEXT
+
+
+def working_bytes(job: Job) -> int:
+    """Bytes of the activation streams between blocks: the old ones are kept until the new ones are whole."""
+    tokens = 2 * job.probe.numel()
+    if job.stream_tokens is not None:
+        tokens += (2 if job.keeps_original else 1) * job.stream_tokens.numel()
+    return 2 * tokens * job.skeleton.config.hidden_size * job.dtype.itemsize
+
+
+def check_disk(job: Job) -> None:
+    """Raises OutputError where the disk has not enough room, what a killed run has written already included."""
+    needed = artifact_bytes(job) + working_bytes(job)
+    parent = existing_parent(job.out)
+    free = shutil.disk_usage(parent).free
+    written = sum(f.stat().st_size for f in Workdir(job.out).root.rglob("*") if f.is_file())
+    if free + written < needed:
+        raise OutputError(
+            f"The run needs {needed / 1e6:.0f} MB of disk at {parent}, and {free / 1e6:.0f} MB are free: "
+            "make room, or choose an -o on another disk."
+        )
+
+
+def _quantized(
+    job: Job, layer: str, shape: tuple[int, ...], scheme: TensorScheme
+) -> dict[str, Tensor]:
+    """The tensors that the format makes of a layer's weight [out, in], without their contents."""
+    weight = torch.empty(shape, device="meta")
+    groups = to_groups(weight, scheme)
+    limits = torch.aminmax(groups, dim=-1, keepdim=True)
+    tensor = QuantizedTensor.from_limits(weight, *limits, scheme, job.plan.storage)
+    return job.plan.format.to_tensors(layer, tensor, job.plan.choice.formats[layer])

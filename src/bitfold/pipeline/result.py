@@ -1,0 +1,103 @@
+"""What a run made and what it cost, read from the artifact itself."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bitfold.errors import CheckpointError, OutputError
+from bitfold.evaluate.memory import peak_rss_mb
+from bitfold.export.artifact import companion_files
+from bitfold.models.headers import read_json
+from bitfold.pipeline.job import Job
+
+__all__ = ["Quantization", "read_result", "usage_lines"]
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What a run made and what it cost. `finished_before`: it was there already, nothing was done."""
+
+    out: Path
+    seconds: float
+    resumed_blocks: int
+    peak_rss_mb: float
+    bits_per_weight: float
+    size_bytes: int
+    original_bytes: int
+    method: str
+    scheme: str
+    format: str
+    probe: dict[str, Any]
+    layers: list[dict[str, Any]]
+    notes: tuple[str, ...]
+    usage: tuple[str, ...]
+    finished_before: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return vars(self) | {
+            "out": str(self.out),
+            "notes": list(self.notes),
+            "usage": list(self.usage),
+        }
+
+
+def read_result(
+    job: Job, *, seconds: float, resumed_blocks: int | None, finished_before: bool = False
+) -> Quantization:
+    """Sum up the artifact at `job.out`; resumed_blocks is None where all of them were there.
+
+    Raises OutputError where it is damaged.
+    """
+    try:
+        report = read_json(job.out / "report.json")
+        quantization = read_json(job.out / "config.json")["quantization_config"]
+        return Quantization(
+            out=job.out,
+            seconds=seconds,
+            resumed_blocks=len(report["folding_errors"])
+            if resumed_blocks is None
+            else resumed_blocks,
+            peak_rss_mb=peak_rss_mb(),
+            bits_per_weight=report["bits_per_weight"],
+            size_bytes=sum(file.stat().st_size for file in job.out.iterdir() if file.is_file()),
+            original_bytes=_original_bytes(job),
+            method=report["method"],
+            scheme=report["scheme"],
+            format=quantization["quant_method"],
+            probe=report["probe"],
+            layers=report["layers"],
+            notes=job.notes,
+            usage=usage_lines(str(job.out), quantization["quant_method"]),
+            finished_before=finished_before,
+        )
+    except (CheckpointError, KeyError, TypeError) as error:
+        raise OutputError(
+            f"The artifact at {job.out} is damaged ({error}): add --overwrite to make it again."
+        ) from error
+
+
+def usage_lines(out: str, format: str) -> tuple[str, ...]:
+    """Lines that show how to use the artifact at `out`."""
+    loading = f'AutoModelForCausalLM.from_pretrained("{out}")'
+    generating = f'bitfold generate {out} --prompt "Once upon a time"'
+    if format == "compressed-tensors":
+        return (
+            f"from transformers import AutoModelForCausalLM; model = {loading}",
+            f"vllm serve {out}",
+            generating,
+        )
+    return (
+        f"import bitfold; from transformers import AutoModelForCausalLM; model = {loading}",
+        generating,
+    )
+
+
+def _original_bytes(job: Job) -> int:
+    """What the artifact stands for weighs: weights, configuration and tokenizer of the original."""
+    files = [
+        *job.skeleton.checkpoint.files,
+        job.source / "config.json",
+        *companion_files(job.source),
+    ]
+    return sum(file.stat().st_size for file in files)
