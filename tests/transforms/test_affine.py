@@ -1,0 +1,121 @@
+"""The fit keeps the best state it saw, goes back to it from a loss that is not finite, and is free at inference."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+import bitfold
+from bitfold.models.family import NormSite
+from bitfold.numerics import Scheme
+from bitfold.transforms.affine import Affine
+from bitfold.transforms.block_transform import BlockProblem
+from bitfold.transforms.groups import Heads
+from models_zoo import build
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3", "opt", "opt-350m")
+
+
+def _problem(spoil_at: int | None = None) -> tuple[BlockProblem, list[float]]:
+    """One linear layer behind a norm, its inputs with a large channel; the loss is the layer's output error.
+    From call `spoil_at` on three losses are NaN."""
+    torch.manual_seed(0)
+    weight = torch.randn(24, 16)
+    inputs = torch.randn(8, 12, 16)
+    inputs[..., 0] *= 30
+    seen: list[float] = []
+
+    def loss(weights: Mapping[str, Tensor], windows: Tensor, terms: str, low: bool) -> Tensor:
+        x = inputs[windows] * weights["norm.weight"]
+        value = (x @ weights["linear.weight"].T - inputs[windows] @ weight.T).square().mean()
+        seen.append(float(value.detach()))
+        if spoil_at is not None and spoil_at <= len(seen) < spoil_at + 3:
+            return value * math.nan
+        return value
+
+    problem = BlockProblem(
+        weights={"norm.weight": torch.ones(16), "linear.weight": weight},
+        sites=(NormSite("norm", ("linear",)),),
+        schemes={"linear": Scheme.parse("w3a16")},
+        heads=Heads(1, 1, 16),
+        windows=8,
+        loss=loss,
+        seed=0,
+        report=lambda done, total, what: None,
+    )
+    return problem, seen
+
+
+def test_the_fit_lowers_the_loss_and_says_so() -> None:
+    problem, _ = _problem()
+    fit = Affine(epochs=10, compute="float32").fit(problem)
+    assert fit.report["best"] < 0.8 * fit.report["start"]
+    assert len(fit.report["losses"]) == 10
+    assert set(fit.clipping) == {"linear"}
+
+
+def test_no_epochs_does_nothing() -> None:
+    problem, _ = _problem()
+    fit = Affine(epochs=0).fit(problem)
+    assert fit.transforms == []
+    assert fit.clipping == {}
+
+
+def test_a_fit_that_only_gets_worse_does_nothing() -> None:
+    problem, _ = _problem()
+    fit = Affine(epochs=2, scale_rate=50.0, clip_rate=50.0, compute="float32").fit(problem)
+    assert fit.report["best"] <= fit.report["start"]
+
+
+def test_a_loss_that_is_not_finite_goes_back_halves_the_step_and_says_so() -> None:
+    problem, _ = _problem(spoil_at=20)
+    fit = Affine(epochs=6, compute="float32").fit(problem)
+    assert any("not finite" in note for note in fit.report["notes"])
+    assert math.isfinite(fit.report["best"])
+    assert fit.report["best"] < fit.report["start"]
+    for transform in fit.transforms:
+        assert torch.isfinite(transform.matrix).all()
+
+
+def test_the_same_seed_gives_the_same_fit() -> None:
+    fits = [Affine(epochs=3, compute="float32").fit(_problem()[0]) for _ in range(2)]
+    assert torch.equal(fits[0].transforms[0].matrix, fits[1].transforms[0].matrix)
+
+
+def _shapes(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    found = {}
+    for file in path.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as handle:
+            for name in handle.keys():  # noqa: SIM118
+                part = handle.get_slice(name)
+                found[name] = (part.get_dtype(), tuple(part.get_shape()))
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_folded_and_costs_nothing(family: str, tmp_path: Path) -> None:
+    """The artifact has the tensors of plain RTN's, folding changed nothing, and the block error went down."""
+    model = build(family, torch.float32, tmp_path / "model")
+    tokens = np.random.default_rng(0).integers(0, 96, (8, 24))
+    np.save(tmp_path / "tokens.npy", tokens)
+    for method, options in (("rtn", ()), ("affine", ("affine.epochs=3",))):
+        bitfold.quantize(
+            model,
+            tmp_path / method,
+            method=method,
+            scheme="w4a4q4kv4",
+            set=options,
+            calibration=[tmp_path / "tokens.npy"],
+        )
+    assert _shapes(tmp_path / "affine") == _shapes(tmp_path / "rtn")
+    content = json.loads((tmp_path / "affine" / "report.json").read_text())
+    assert max(content["folding_errors"]) < 1e-4
+    for fits in content["fits"]:
+        assert fits[0]["best"] <= fits[0]["start"]
+    assert bitfold.verify(tmp_path / "affine").ok
