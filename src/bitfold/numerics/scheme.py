@@ -115,7 +115,7 @@ class Scheme(BaseModel):
                 "value": _activation(kv, symmetric_at_8=False),
             }
             return cls(
-                weight=_weight(weight, int(group) if group else None),
+                weight=_weight(weight, None if group is None else int(group)),
                 activation=_activation(activation, symmetric_at_8=True),
                 **heads,
             )
@@ -136,7 +136,7 @@ class Scheme(BaseModel):
         if self.query is not None:
             text += f"q{_width(self.query)}"
         if self.key is not None or self.value is not None:
-            text += f"kv{_width(self.key)}"
+            text += f"kv{_width(self.key or self.value)}"
         if self.weight is not None and self.weight.group_size is not None:
             text += f"g{self.weight.group_size}"
         return text
@@ -163,7 +163,7 @@ def _grid(width: str) -> dict[str, object]:
 def _weight(width: str, group: int | None) -> TensorScheme | None:
     if width == "16":
         return None
-    where = {"granularity": "group", "group_size": group} if group else {"granularity": "channel"}
+    where = {"granularity": "channel" if group is None else "group", "group_size": group}
     return TensorScheme.model_validate({"symmetric": False} | where | _grid(width))
 
 
