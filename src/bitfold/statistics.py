@@ -46,7 +46,7 @@ class InputStatistics:
                 self._maximum = torch.maximum(self._maximum, maximum)
                 self._magnitude += magnitude
         if "rows" in self.needs:
-            stride = max(1, self.expected_tokens // ROWS)
+            stride = max(1, -(-self.expected_tokens // ROWS))
             self._rows.append(x[(-start) % stride :: stride].clone())
 
     @property
