@@ -1,0 +1,68 @@
+"""Rounding to nearest is the mathematics, and every rounding keeps the contract of `Rounding.solve`."""
+
+from itertools import chain
+
+import pytest
+import torch
+
+from bitfold.numerics import TensorScheme, to_groups
+from bitfold.ranges import MinMax
+from bitfold.rounding import ROUNDINGS
+from reference import round_group
+
+SCHEMES = [
+    TensorScheme(bits=4, symmetric=False, granularity="group", group_size=16),
+    TensorScheme(bits=3, symmetric=False),
+    TensorScheme(bits=2),
+    TensorScheme(bits=8, narrow=True, granularity="tensor"),
+    TensorScheme(grid="nf4", bits=4, granularity="group", group_size=32),
+    TensorScheme(grid="fp8_e4m3"),
+]
+by_scheme = pytest.mark.parametrize("scheme", SCHEMES, ids=TensorScheme.describe)
+
+
+def weight() -> torch.Tensor:
+    return torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+
+
+@by_scheme
+@pytest.mark.parametrize("name", ROUNDINGS)
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_the_contract(name: str, scheme: TensorScheme, stored: torch.dtype) -> None:
+    x = weight()
+    limits = MinMax().limits(to_groups(x, scheme), scheme)
+    tensor = ROUNDINGS[name]().solve(x, limits, scheme, stored, torch.eye(64))
+    assert tensor.scheme == scheme
+    assert tensor.shape == x.shape
+    assert tensor.scale.dtype == stored
+    assert (tensor.zero is None) == scheme.symmetric
+    if scheme.grid == "int":
+        assert scheme.qmin <= int(tensor.codes.min())
+        assert int(tensor.codes.max()) <= scheme.qmax
+    # Whatever it does, it stays within the coarsest step of its grid (fp8's is as wide as int4's).
+    steps = 2 ** (scheme.bits if scheme.grid == "int" else 4) - 1
+    assert ((tensor.dequantize() - x).abs() <= 2 * x.abs().max() / steps).all()
+
+
+@by_scheme
+def test_nearest_is_the_mathematics(scheme: TensorScheme) -> None:
+    if scheme.grid != "int":
+        pytest.skip("test_quantize.py has the other grids")
+    x = weight().double()
+    groups = to_groups(x, scheme)
+    # A range half as wide: a good part is clipped.
+    limits = tuple(limit / 2 for limit in MinMax().limits(groups, scheme))
+    tensor = ROUNDINGS["nearest"]().solve(x, limits, scheme, torch.float64)
+    rows = groups.reshape(-1, groups.shape[-1]).tolist()
+    ends = torch.cat([limit.reshape(-1, 1) for limit in limits], dim=1).tolist()
+    expected = [
+        round_group(
+            row,
+            scheme.bits,
+            symmetric=scheme.symmetric,
+            narrow=scheme.narrow,
+            limits=(low, high),
+        ).codes
+        for row, (low, high) in zip(rows, ends, strict=True)
+    ]
+    assert tensor.codes.flatten().tolist() == list(chain(*expected))
