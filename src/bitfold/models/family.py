@@ -83,6 +83,7 @@ class QueryKey:
 
     @property
     def readers(self) -> tuple[str, ...]:
+        """Nothing linear: the attention itself."""
         return ()
 
 
@@ -131,6 +132,10 @@ class Family:
     def linears(self) -> tuple[str, ...]:
         """Every linear layer of a block."""
         return tuple(name for shared in self.inputs for name in shared)
+
+    def measured_at(self, site: Site) -> str:
+        """The name that stands for the input whose statistics describe a site: its readers', or q and k's."""
+        return self.input_of(site.readers[0] if site.readers else site.query)  # type: ignore[union-attr]
 
     def input_of(self, linear: str) -> str:
         """The name that stands for the input of a linear layer."""

@@ -82,11 +82,10 @@ def _fold_sites(
 ) -> None:
     statistics = input_statistics(skeleton, index, plan, result.weights, streams, part.needs)
     for site in plan.sites:
-        if site.readers:
-            of_input = statistics[skeleton.family.input_of(site.readers[0])]
-            transform = part.fit(site, result.weights, of_input, schemes, plan.heads)
-            if transform is not None:
-                result.weights = fold(result.weights, transform, plan.heads, plan.storage)
+        of_input = statistics[skeleton.family.measured_at(site)]
+        transform = part.fit(site, result.weights, of_input, schemes, plan.heads)
+        if transform is not None:
+            result.weights = fold(result.weights, transform, plan.heads, plan.storage)
 
 
 def _fold_block(

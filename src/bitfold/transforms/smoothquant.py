@@ -26,13 +26,15 @@ __all__ = ["SmoothQuant", "smoothing_scale"]
 class SmoothQuant(SiteTransform):
     """alpha: the share of the difficulty that moves into the weights, or `search`: per site, of the candidates the
     one of least error on the readers' own output, with weights and activations quantized by the scheme.
-    sites: `all` that take a diagonal, or `norms` as in the paper."""
+    sites: `all` that take a diagonal, or `norms` as in the paper.
+    shift: also centre each channel's range where biases can carry it (Outlier Suppression+, arXiv 2304.09145)."""
 
     needs = frozenset[Need]({"channels", "rows"})
 
     alpha: float | Literal["search"] = Field(default="search")
     candidates: tuple[float, ...] = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
     sites: Literal["all", "norms"] = "all"
+    shift: bool = False
 
     def fit(
         self,
@@ -48,10 +50,15 @@ class SmoothQuant(SiteTransform):
         """
         if not takes_diagonal(site) or (self.sites == "norms" and not isinstance(site, NormSite)):
             return None
-        peak = per_entry(statistics.absmax, site, heads)
+        shift = self._shift(site, weights, statistics)
+        centred = statistics.absmax
+        if shift is not None:
+            centred = (statistics.maximum - statistics.minimum) / 2
+        peak = per_entry(centred, site, heads)
         weight_peak = per_entry(reader_weights(weights, site).abs().amax(dim=0), site, heads)
         if self.alpha != "search":
-            return Diagonal(site, smoothing_scale(peak, weight_peak, self.alpha))
+            return Diagonal(site, smoothing_scale(peak, weight_peak, self.alpha), shift)
+        rows = statistics.rows if shift is None else statistics.rows - shift
         best, best_error = torch.ones_like(peak), torch.inf
         for alpha in (None, *self.candidates):
             scale = (
@@ -59,12 +66,20 @@ class SmoothQuant(SiteTransform):
                 if alpha is None
                 else smoothing_scale(peak, weight_peak, alpha)
             )
-            error = _output_error(
-                on_inputs(scale, site, heads), site, weights, statistics.rows, schemes
-            )
+            error = _output_error(on_inputs(scale, site, heads), site, weights, rows, schemes)
             if error < best_error:
                 best, best_error = scale, error
-        return Diagonal(site, best)
+        return Diagonal(site, best, shift)
+
+    def _shift(
+        self, site: Site, weights: Mapping[str, Tensor], statistics: InputStatistics
+    ) -> Tensor | None:
+        """The middle of each channel's range [n] behind a norm whose bias, and its readers', can carry it."""
+        if not (self.shift and isinstance(site, NormSite)):
+            return None
+        if not all(f"{name}.bias" in weights for name in (site.norm, *site.readers)):
+            return None
+        return (statistics.maximum + statistics.minimum) / 2
 
 
 def smoothing_scale(peak: Tensor, weight_peak: Tensor, alpha: float) -> Tensor:

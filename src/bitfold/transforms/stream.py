@@ -1,8 +1,8 @@
 """The residual stream of the whole model: a rotation R of everything that is written to it and read from it.
 
 A gain-free RMSNorm commutes with any orthogonal R: norm(xR) = norm(x) R. So every norm's gain is folded into its
-readers first; then every writer is turned (W ← Rᵀ W, b ← b R, embeddings E ← E R) and every reader turned back (W ← W R). A
-LayerNorm also subtracts the mean, so there R must keep the vector of ones: R 1 = 1 (O(d − 1)).
+readers first; then every writer is turned (W ← Rᵀ W, b ← b R, embeddings E ← E R) and every reader turned back
+(W ← W R). A LayerNorm also subtracts the mean, so there R must keep the vector of ones: R 1 = 1 (O(d − 1)).
 
 The head is untied by it: as a writer the embedding becomes E R, as a reader W γ R.
 """

@@ -1,5 +1,8 @@
 """WUSH (arXiv 2512.00956): the closed form from second moments, per head, folded at v → o and q · k.
 
+At q · k queries play the weights' part: k' = (k − mean) A and q' = q A⁻ᵀ. Behind a rotary embedding only a size per
+pair commutes; it is chosen so that both sides have the same power.
+
 With the Cholesky factors W'W'ᵀ = E over outputs of the readers' second moment and X'X'ᵀ = E[xᵀx] of their inputs, and
 the singular values W'ᵀX' = U S Vᵀ:
 
@@ -16,11 +19,11 @@ import torch
 from scipy.linalg import hadamard
 from torch import Tensor
 
-from bitfold.models.family import Site, ValueOutput
+from bitfold.models.family import QueryKey, Site, ValueOutput
 from bitfold.numerics import Scheme
 from bitfold.part import Need
 from bitfold.statistics import InputStatistics
-from bitfold.transforms.groups import HeadMatrix, Heads, Transform
+from bitfold.transforms.groups import HeadMatrix, Heads, RotaryScale, Transform
 from bitfold.transforms.site_transform import SiteTransform
 
 __all__ = ["Wush", "closed_form"]
@@ -30,7 +33,7 @@ class Wush(SiteTransform):
     """damping: share of the mean moment that is added to each moment's diagonal, so that both are invertible.
     rotate: end with the Hadamard matrix (head sizes that are a power of two), or keep the singular basis (`none`)."""
 
-    needs = frozenset[Need]({"gram"})
+    needs = frozenset[Need]({"gram", "rows"})
 
     damping: float = 1e-4
     rotate: Literal["hadamard", "none"] = "hadamard"
@@ -43,7 +46,12 @@ class Wush(SiteTransform):
         schemes: Mapping[str, Scheme],
         heads: Heads,
     ) -> Transform | None:
-        """The matrix per KV head at v → o; None at other sites."""
+        """The matrix per KV head at v → o and q · k (sizes per pair behind a rotary embedding); None elsewhere.
+
+        statistics: at q · k of the input that q and k share.
+        """
+        if isinstance(site, QueryKey):
+            return self._query_key(site, weights, statistics.rows, heads)
         if not isinstance(site, ValueOutput):
             return None
         output = weights[f"{site.output}.weight"].double()
@@ -53,6 +61,39 @@ class Wush(SiteTransform):
         blocks, inverse = closed_form(moment_w, moment_x, self.damping, self.rotate == "hadamard")
         dtype = weights[f"{site.output}.weight"].dtype
         return HeadMatrix(site, blocks.to(dtype), inverse.to(dtype))
+
+    def _query_key(
+        self, site: QueryKey, weights: Mapping[str, Tensor], rows: Tensor, heads: Heads
+    ) -> Transform | None:
+        if site.key_norm is not None:
+            return None
+        key, query = _projected(site.key, weights, rows), _projected(site.query, weights, rows)
+        dtype = weights[f"{site.key}.weight"].dtype
+        key_nkh = key.view(-1, heads.keys, heads.size)
+        query_nkqh = query.view(-1, heads.keys, heads.shared, heads.size)
+        if site.rotary == "half-split":
+            pairs = heads.size // 2
+            key_power = key_nkh.square().view(-1, heads.keys, 2, pairs).mean(dim=(0, 2))
+            query_power = query_nkqh.square().mean(dim=2).view(-1, heads.keys, 2, pairs)
+            ratio = query_power.mean(dim=(0, 2)) / key_power.clamp(min=1e-30)
+            size = ratio.clamp(1e-6, 1e6).pow(0.25).to(dtype)
+            return RotaryScale(site, size, torch.zeros_like(size))
+        has_bias = f"{site.key}.bias" in weights
+        shift = key_nkh.mean(dim=0) if has_bias else torch.zeros_like(key_nkh[0])
+        key_nkh = key_nkh - shift
+        moment_k = torch.einsum("nkh,nkg->khg", key_nkh, key_nkh) / key_nkh.shape[0]
+        moment_q = torch.einsum("nkqh,nkqg->khg", query_nkqh, query_nkqh) / key_nkh.shape[0]
+        # v' = v A⁻¹ there, k' = k A here: the two matrices change places.
+        inverse, blocks = closed_form(moment_q, moment_k, self.damping, self.rotate == "hadamard")
+        carried = shift.reshape(-1).to(dtype) if has_bias else None
+        return HeadMatrix(site, blocks.to(dtype), inverse.to(dtype), carried)
+
+
+def _projected(name: str, weights: Mapping[str, Tensor], rows: Tensor) -> Tensor:
+    """What a linear layer makes of input rows, float64 [n, out]."""
+    projected = rows.double() @ weights[f"{name}.weight"].double().T
+    bias = weights.get(f"{name}.bias")
+    return projected if bias is None else projected + bias
 
 
 def closed_form(
