@@ -44,10 +44,10 @@ def test_the_contract(name: str, scheme: TensorScheme, stored: torch.dtype) -> N
     assert ((tensor.dequantize() - x).abs() <= 2 * x.abs().max() / steps).all()
 
 
-@by_scheme
+@pytest.mark.parametrize(
+    "scheme", [s for s in SCHEMES if s.grid == "int"], ids=TensorScheme.describe
+)
 def test_nearest_is_the_mathematics(scheme: TensorScheme) -> None:
-    if scheme.grid != "int":
-        pytest.skip("test_quantize.py has the other grids")
     x = weight().double()
     groups = to_groups(x, scheme)
     # A range half as wide: a good part is clipped.
