@@ -87,7 +87,10 @@ RoundingPart = Annotated[Rounding, _part("rounding", ROUNDINGS), _named(ROUNDING
 
 
 class LayerRule(BaseModel):
-    """Linear layers whose full name matches a pattern (`*.down_proj`) have a scheme of their own."""
+    """Linear layers whose full name matches a pattern (`*.down_proj`) have a scheme of their own.
+
+    lm_head is left alone unless a rule's pattern is exactly `lm_head`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

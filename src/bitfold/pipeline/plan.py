@@ -15,14 +15,17 @@ from bitfold.numerics import Scheme
 from bitfold.recipe import Recipe
 from bitfold.transforms import Heads
 
-__all__ = ["Plan", "make_plan"]
+__all__ = ["HEAD", "Plan", "make_plan"]
+
+HEAD = "lm_head"
 
 
 @dataclass(frozen=True)
 class Plan:
     """What will be done to each layer, and how it will be said on disk.
 
-    schemes: full name of every linear layer of the blocks → its scheme; an ignored one has a scheme of Nones.
+    schemes: full name of every linear layer of the blocks, and of lm_head where a rule names it → its scheme; an
+    ignored one has a scheme of Nones.
     attention: full name of every attention module → its scheme.
     storage: dtype of the checkpoint's floating tensors, in which scales and rewritten norms are stored.
     """
@@ -58,6 +61,9 @@ def make_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
     names = _linear_names(skeleton)
     _check_patterns(recipe, list(names))
     schemes = {name: recipe.scheme_for(name) or Scheme() for name in names}
+    head = _head_scheme(skeleton, recipe)
+    if head is not None:
+        schemes[HEAD], names[HEAD] = head, _in_features(skeleton.model, HEAD)
     for name, scheme in schemes.items():
         _check_groups(name, names[name], scheme)
     attention = _attention_schemes(skeleton, schemes)
@@ -99,7 +105,7 @@ def _in_features(block: torch.nn.Module, name: str) -> int:
 
 
 def _check_patterns(recipe: Recipe, names: list[str]) -> None:
-    known = [*names, "lm_head"]
+    known = [*names, HEAD]
     patterns = [("ignore", pattern) for pattern in recipe.ignore]
     patterns += [("layers", rule.match) for rule in recipe.layers]
     for where, pattern in patterns:
@@ -120,6 +126,26 @@ def _check_groups(name: str, inputs: int, scheme: Scheme) -> None:
             f"Group size {group} does not divide the {inputs} inputs of {name}: {remedy}, "
             "or give that layer its own scheme."
         )
+
+
+def _head_scheme(skeleton: Skeleton, recipe: Recipe) -> Scheme | None:
+    """The scheme of lm_head, None unless a rule in `layers` matches exactly `lm_head`.
+
+    Raises RecipeError where it is tied to the embedding, or asked for more than weights.
+    """
+    rules = [rule.scheme for rule in recipe.layers if rule.match == HEAD]
+    if not rules or rules[-1].weight is None:
+        return None
+    if skeleton.ties_head:
+        raise RecipeError(
+            "lm_head is tied to the embedding in this model, so that quantizing it would store it twice: "
+            "remove the rule for lm_head."
+        )
+    if rules[-1] != Scheme(weight=rules[-1].weight):
+        raise RecipeError(
+            f"Only the weight of lm_head can be quantized: write a scheme such as w{rules[-1].weight.bits}a16."
+        )
+    return rules[-1]
 
 
 def _attention_schemes(skeleton: Skeleton, schemes: Mapping[str, Scheme]) -> dict[str, Scheme]:

@@ -15,6 +15,7 @@ from bitfold.export.artifact import (
 )
 from bitfold.models.checkpoint import sha256_of, tensor_bytes
 from bitfold.pipeline.job import Job
+from bitfold.pipeline.outer import outer_tensors
 from bitfold.pipeline.probe import PROBE_FILE, Probe
 from bitfold.pipeline.result import usage_lines
 from bitfold.pipeline.workdir import MARKER, Workdir, writing
@@ -30,7 +31,7 @@ def publish(job: Job, workdir: Workdir, probe: Probe, distance: dict[str, Any]) 
     whether or not the run was interrupted: no times and no measurements of the machine are written.
     """
     plan, blocks = job.plan, workdir.blocks
-    outer = job.skeleton.load_outer()
+    outer = outer_tensors(job.skeleton, plan)
     shards = {shard_name(0, len(blocks) + 1): list(outer)}
     shards |= {block["shard"]: list(block["sums"]) for block in blocks}
     sums = tensor_sums(outer)

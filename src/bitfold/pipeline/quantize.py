@@ -17,6 +17,7 @@ from bitfold.pipeline.block import QuantizedBlock, quantize_block, run_quantized
 from bitfold.pipeline.disk import check_disk
 from bitfold.pipeline.estimate import Estimate, estimate
 from bitfold.pipeline.job import Job, prepare
+from bitfold.pipeline.outer import outer_tensors, outer_weights
 from bitfold.pipeline.probe import Probe, probe_report
 from bitfold.pipeline.publish import publish
 from bitfold.pipeline.result import Quantization, read_result
@@ -123,7 +124,7 @@ def _run(job: Job, workdir: Workdir, resume: bool, report: Progress) -> int:
         workdir.restart()
         streams = job.start_streams()
     resumed = len(workdir.blocks)
-    workdir.write_tensors(shard_name(0, count + 1), skeleton.load_outer())
+    workdir.write_tensors(shard_name(0, count + 1), outer_tensors(skeleton, plan))
     for index in range(resumed, count):
         here = f"block {index + 1} of {count}"
         report(index, count, here)
@@ -135,8 +136,9 @@ def _run(job: Job, workdir: Workdir, resume: bool, report: Progress) -> int:
         workdir.write_tensors(name, tensors)
         check_shard(workdir.path / name, skeleton, index, plan, block)
         workdir.finish_block(_block_entry(job, index, block, name, tensors), streams.save)
-    outer = skeleton.load_outer(dtype)
+    outer = outer_weights(plan, outer_tensors(skeleton, plan), dtype)
     logits = skeleton.head(outer, streams.probe_quantized.to(skeleton.device))
+    outer = skeleton.load_outer(dtype)
     original = skeleton.head(outer, streams.probe_original.to(skeleton.device))
     _refuse_nonfinite(original, "the original model", job)
     _refuse_nonfinite(logits, "the quantized model", job)

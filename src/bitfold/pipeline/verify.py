@@ -16,6 +16,7 @@ from bitfold.models.checkpoint import Checkpoint
 from bitfold.models.headers import read_json
 from bitfold.pipeline.block import run_quantized
 from bitfold.pipeline.job import Job
+from bitfold.pipeline.outer import outer_weights
 from bitfold.pipeline.probe import PROBE_FILE, Probe
 from bitfold.pipeline.shards import block_from_tensors
 from bitfold.pipeline.workdir import MARKER, finished_request
@@ -54,8 +55,9 @@ def verify_blocks(job: Job, path: Path, logits: Tensor, progress: Callable[[int]
     skeleton, dtype = job.skeleton, job.dtype
     count = len(skeleton.blocks)
     device = str(skeleton.device)
-    outer = load_file(path / shard_name(0, count + 1), device=device)
-    outer = {name: value.to(dtype) for name, value in outer.items()}
+    outer = outer_weights(
+        job.plan, load_file(path / shard_name(0, count + 1), device=device), dtype
+    )
     hidden = skeleton.embed(outer, job.probe.to(skeleton.device))
     for index in range(count):
         progress(index)
