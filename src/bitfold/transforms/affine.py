@@ -40,15 +40,16 @@ class Affine(BlockTransform):
     matrices: `full` per head where the group has them, or `diagonal` (OmniQuant). clipping, shifts: learn them.
     alpha: stability factor of the off-diagonal entries. gradual: open the mask epoch by epoch.
     dominance: keep the matrices diagonally dominant by at least `margin`, or leave them (`off`).
-    terms: of the loss, see `Terms`. precision: of A and its inverse; `mixed` is a float32 A and a float64 inverse.
+    terms: of the loss, see `Terms`; `auto`: both where activations are quantized.
+    precision: of A and its inverse; `mixed` is a float32 A and a float64 inverse.
     compute: of the block's matrix products while learning; `auto`: bfloat16 where that changes the loss at the start by
     less than 2 %.
     scale_rate, shift_rate, clip_rate: learning rates at the start; they fall to zero along a cosine."""
 
     needs = frozenset[Need]({"loss"})
 
-    epochs: int = Field(default=20, ge=0)
-    batch: int = Field(default=4, ge=1)
+    epochs: int = Field(default=10, ge=0)
+    batch: int = Field(default=2, ge=1)
     matrices: Literal["full", "diagonal"] = "full"
     clipping: bool = True
     shifts: bool = True
@@ -56,12 +57,12 @@ class Affine(BlockTransform):
     gradual: bool = True
     dominance: Literal["project", "off"] = "project"
     margin: float = Field(default=0.05, ge=0, lt=1)
-    terms: Terms = "original"
+    terms: Terms | Literal["auto"] = "auto"
     precision: Literal["float32", "float64", "mixed"] = "mixed"
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
-    scale_rate: float = Field(default=1e-2, gt=0)
+    scale_rate: float = Field(default=2e-2, gt=0)
     shift_rate: float = Field(default=5e-3, gt=0)
-    clip_rate: float = Field(default=2e-2, gt=0)
+    clip_rate: float = Field(default=3e-2, gt=0)
 
     def fit(self, problem: BlockProblem) -> BlockFit:
         """See `BlockTransform.fit`."""
@@ -130,6 +131,7 @@ class _Descent:
     def __init__(self, affine: Affine, problem: BlockProblem, state: _State) -> None:
         self.affine, self.problem, self.state = affine, problem, state
         self.optimizer = torch.optim.Adam(state.groups(affine), betas=(0.9, 0.99))
+        self.terms: Terms = _terms(affine, problem)
         self.halvings = 0
         self.notes: list[str] = []
         self.losses: list[float] = []
@@ -193,7 +195,7 @@ class _Descent:
             weights = self.state.rewritten(self.problem)
         except torch.linalg.LinAlgError:  # a singular matrix: as bad as a loss can be
             return torch.tensor(math.nan)
-        return self.problem.loss(weights, windows, self.affine.terms, self.low)
+        return self.problem.loss(weights, windows, self.terms, self.low)
 
     @torch.no_grad()
     def _checked(self) -> float:
@@ -237,6 +239,13 @@ class _Descent:
             "notes": self.notes,
         }
         return BlockFit(transforms, clipping, report)
+
+
+def _terms(affine: Affine, problem: BlockProblem) -> Terms:
+    if affine.terms != "auto":
+        return affine.terms
+    quantized = any(scheme.activation is not None for scheme in problem.schemes.values())
+    return "both" if quantized else "original"
 
 
 def _clipping_parameters(problem: BlockProblem) -> dict[str, tuple[Tensor, Tensor]]:

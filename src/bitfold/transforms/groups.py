@@ -352,9 +352,8 @@ def _fold_value_output(
         carried = torch.einsum("okqh,kh->o", columns, shift.view(heads.keys, heads.size))
         folded[f"{site.output}.bias"] = _bias(weights, site.output) + carried
     # W'_h = W_h Aᵀ, once for every query head that shares the KV head.
-    folded[f"{site.output}.weight"] = torch.einsum("okqh,kgh->okqg", columns, blocks).reshape(
-        output.shape
-    )
+    read_back = torch.einsum("okqh,kgh->okqg", columns.to(blocks.dtype), blocks)
+    folded[f"{site.output}.weight"] = read_back.to(output.dtype).reshape(output.shape)
     return folded
 
 
@@ -368,13 +367,18 @@ def _fold_pair(weights: Weights, first: str, second: str, scale: Tensor) -> dict
 
 
 def _on_rows(folded: dict[str, Tensor], name: str, blocks: Tensor, shift: Tensor | None) -> None:
-    """y' = (y − shift) Bᵀ for the blocks B [heads, H, H] on a linear layer's output y: rows and bias."""
+    """y' = (y − shift) Bᵀ for the blocks B [heads, H, H] on a linear layer's output y: rows and bias.
+
+    The products are formed in the precision of the blocks.
+    """
     heads, size, _ = blocks.shape
     weight = folded[f"{name}.weight"]
-    folded[f"{name}.weight"] = (blocks @ weight.view(heads, size, -1)).reshape(weight.shape)
+    turned = blocks @ weight.view(heads, size, -1).to(blocks.dtype)
+    folded[f"{name}.weight"] = turned.to(weight.dtype).reshape(weight.shape)
     if shift is not None or f"{name}.bias" in folded:
         bias = _bias(folded, name) if shift is None else _bias(folded, name) - shift
-        folded[f"{name}.bias"] = (blocks @ bias.view(heads, size, 1)).reshape(-1)
+        turned = blocks @ bias.view(heads, size, 1).to(blocks.dtype)
+        folded[f"{name}.bias"] = turned.to(weight.dtype).reshape(-1)
 
 
 def _times_complex(folded: dict[str, Tensor], name: str, real: Tensor, imaginary: Tensor) -> None:

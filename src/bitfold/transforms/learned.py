@@ -133,11 +133,9 @@ class _Matrix(Learned):
 
     def transform(self) -> Transform:
         blocks = self.scales[0] * self._mask
-        inverse = torch.linalg.inv(
-            blocks.double() if self._settings.precision == "mixed" else blocks
-        )
-        shift = self.shifts[0] if self.shifts else None
-        return HeadMatrix(self._site, blocks.float(), inverse.float(), shift)
+        precise = blocks.double() if self._settings.precision == "mixed" else blocks
+        inverse = torch.linalg.inv(precise).to(blocks.dtype)
+        return HeadMatrix(self._site, blocks, inverse, self.shifts[0] if self.shifts else None)
 
     def report(self) -> dict[str, float]:
         blocks = (self.scales[0].detach() * self._mask).double()
