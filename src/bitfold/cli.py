@@ -1,6 +1,5 @@
 """The command line: parses, calls the library, prints. It adds nothing that Python cannot do."""
 
-import difflib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,12 +12,12 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.progress import TimeRemainingColumn as TimeLeft
 from typer.core import TyperGroup
 
-from bitfold.errors import BitfoldError, DataError
+from bitfold.errors import BitfoldError, DataError, did_you_mean
 from bitfold.report import terminal
 
 __all__ = ["app", "main"]
 
-# typer brings its own copy of click and exports only this leaf of its usage errors.
+# typer brings its own copy of click and exports only this leaf of its errors: the root is ClickException.
 _USAGE_ERROR: Any = typer.BadParameter.__mro__[2]
 
 
@@ -28,13 +27,7 @@ class _Commands(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name = args[0] if args else ""
         if name and not name.startswith("-") and name not in self.commands:
-            near = difflib.get_close_matches(name, self.commands, n=1, cutoff=0.5)
-            hint = (
-                f" Did you mean '{near[0]}'?"
-                if near
-                else f" There are: {', '.join(self.commands)}."
-            )
-            raise typer.BadParameter(f"there is no command '{name}'.{hint}")
+            raise _USAGE_ERROR(f"There is no command '{name}': {did_you_mean(name, self.commands)}")
         return super().resolve_command(ctx, args)
 
 
@@ -291,17 +284,18 @@ def main() -> None:
     """Entry point: errors that are the input's or the machine's become one sentence and exit code 1."""
     wants_json = "--json" in sys.argv
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        sys.exit(app(standalone_mode=False, prog_name="bitfold") or 0)
     except (typer.Abort, KeyboardInterrupt):
-        terminal.console(stderr=True).print("Interrupted: run the same command again, it goes on.")
+        terminal.console(stderr=True).print(
+            "Interrupted: a quantization goes on where it was when the same command is run again."
+        )
         sys.exit(130)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except BitfoldError as error:
         _fail(str(error), type(error).__name__, wants_json, code=1)
     except _USAGE_ERROR as error:
-        hint = _nearest_option(error)
-        _fail(f"{error.format_message().rstrip('.')}.{hint}", "UsageError", wants_json, code=2)
+        _fail(str(BitfoldError(_usage_sentence(error))), "UsageError", wants_json, code=2)
 
 
 def _fail(sentence: str, kind: str, wants_json: bool, code: int) -> NoReturn:
@@ -311,18 +305,29 @@ def _fail(sentence: str, kind: str, wants_json: bool, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _nearest_option(error: Any) -> str:
-    """What to say of a misspelt option: the command's nearest one."""
-    if not hasattr(error, "option_name") or error.ctx is None:
-        return ""
-    known = [name for parameter in error.ctx.command.params for name in parameter.opts]
-    near = difflib.get_close_matches(error.option_name, known, n=1, cutoff=0.5)
-    return f" Did you mean '{near[0]}'?" if near else " See --help."
+def _usage_sentence(error: Any) -> str:
+    """What click says, and the mend: the nearest option, or where to read on."""
+    if getattr(error, "ctx", None) is None:
+        return str(error.format_message())
+    command = error.ctx.command_path
+    if hasattr(error, "possibilities"):  # of an option that there is not
+        known = [
+            name
+            for parameter in error.ctx.command.params
+            for name in parameter.opts
+            if name.startswith("--")
+        ]
+        return f"`{command}` has no option '{error.option_name}': {did_you_mean(error.option_name, known)}"
+    return f"{error.format_message().rstrip('.')}: see `{command} --help`"
 
 
 @contextmanager
 def _progress(what: str) -> Iterator[Callable[[float, int, str], None]]:
-    """A bar on stderr with the time left, shown once there is something to count."""
+    """On stderr: a bar with the time left, or in a log a line for every tenth of the way."""
+    console = terminal.console(stderr=True)
+    if not console.is_terminal:
+        yield _progress_lines(console, what)
+        return
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -330,7 +335,7 @@ def _progress(what: str) -> Iterator[Callable[[float, int, str], None]]:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeLeft(),
-        console=terminal.console(stderr=True),
+        console=console,
         transient=True,
     )
     with bar:
@@ -342,13 +347,27 @@ def _progress(what: str) -> Iterator[Callable[[float, int, str], None]]:
         yield update
 
 
+def _progress_lines(console: Any, what: str) -> Callable[[float, int, str], None]:
+    reached = -1
+
+    def update(done: float, total: int, doing: str) -> None:
+        nonlocal reached
+        if int(10 * done / total) > reached:
+            reached = int(10 * done / total)
+            console.print(f"{what} {done / total:.0%}: {doing}", markup=False)
+
+    return update
+
+
 def _named_files(items: list[str]) -> dict[str, str | Path]:
     """`[NAME=]FILE` items; the name is the file's stem without one."""
     named: dict[str, str | Path] = {}
     for item in items:
         name, equals, file = item.partition("=")
-        if not equals:
+        if not equals or Path(item).is_file():
             name, file = Path(item).stem, item
+        if not name or not file:
+            raise DataError(f"The text '{item}' lacks a name or a file: write --text [NAME=]FILE.")
         if name in named:
             raise DataError(f"Two texts are named '{name}': write --text NAME=FILE.")
         named[name] = Path(file)

@@ -82,6 +82,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     "did you mean 'smoothquant'? Known: rtn, smoothquant"
     """
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f"did you mean '{near[0]}'? " if near else ""
-    return f"{hint}Known: {', '.join(names)}"
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if near:
+        return f"did you mean '{near[0]}'? Known: {', '.join(names)}"
+    return f"choose one of {', '.join(names)}"

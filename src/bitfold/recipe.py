@@ -31,6 +31,7 @@ __all__ = ["LayerRule", "Recipe", "method_names", "method_text"]
 DEFAULT_SCHEME = "w4a16g128"
 _METHODS = Path(__file__).parent / "recipes"
 _TENSORS = ("weight", "activation", "query", "key", "value")
+_PARTS = ("transforms", "weight_range", "activation_range", "rounding", "stream")
 
 
 def _part(kind: str, known: Mapping[str, type[Part]]) -> BeforeValidator:
@@ -42,7 +43,7 @@ def _part(kind: str, known: Mapping[str, type[Part]]) -> BeforeValidator:
         name, options = (value, None) if isinstance(value, str) else _single_item(kind, value)
         if name not in known:
             raise RecipeError(f"Unknown {kind} '{name}': {did_you_mean(str(name), known)}.")
-        return _make(known[str(name)], f"{kind} {name}", options or {})
+        return _make(known[str(name)], f"The {kind} {name}", options or {})
 
     return BeforeValidator(read)
 
@@ -56,7 +57,7 @@ def _single_item(kind: str, value: object) -> tuple[object, Any]:
 def _make(model: type[BaseModel], what: str, options: object) -> Any:
     """Build a pydantic model; the first thing wrong with it becomes one sentence."""
     if not isinstance(options, Mapping):
-        raise RecipeError(f"The options of {what} are `key: value` pairs, not {options!r}.")
+        raise RecipeError(f"{what} takes its options as `key: value` pairs, not {options!r}.")
     try:
         return model.model_validate(dict(options))
     except ValidationError as error:
@@ -66,12 +67,11 @@ def _make(model: type[BaseModel], what: str, options: object) -> Any:
             raise RecipeError(
                 f"{what} has no option '{key}': {did_you_mean(key, model.model_fields)}."
             ) from error
-        value = first.get("input")
         message = first["msg"].removeprefix("Value error, ")
-        raise RecipeError(
-            f"{what}: {key + ': ' if key else ''}{message}"
-            f"{f' (got {value!r})' if key and not isinstance(value, Mapping) else ''}."
-        ) from error
+        if not key:
+            raise RecipeError(f"{what} is impossible: {message}.") from error
+        message = message[0].lower() + message[1:]
+        raise RecipeError(f"{what} cannot have {key}={first['input']!r}: {message}.") from error
 
 
 def _named(known: Mapping[str, type[Part]]) -> PlainSerializer:
@@ -138,23 +138,23 @@ class Recipe(BaseModel):
         Raises RecipeError with one sentence for anything that cannot be.
         """
         content: dict[str, Any] = {} if file is None else _read_file(file)
-        scheme_text = scheme or content.pop("scheme", None) or DEFAULT_SCHEME
-        content.pop("scheme", None)
-        layers = content.pop("layers", None) or []
-        names = method or str(content.pop("method", "rtn"))
-        content.pop("method", None)
-        fields = _compose(names) | content
-        overrides = [_override(item) for item in set]
-        scheme_overrides = {key: value for key, value in overrides if key[0] in _TENSORS}
-        fields["scheme"] = _scheme(scheme_text, scheme_overrides)
-        fields["layers"] = [_layer_rule(rule, scheme_overrides) for rule in layers]
-        fields["ignore"] = [*fields.get("ignore", []), *ignore]
+        overrides = dict(_override(item) for item in set)
+        content |= {key[0]: value for key, value in overrides.items() if key in _FIELDS}
+        if method and "method" in content:  # the file's parts are those of the file's method
+            content = {key: value for key, value in content.items() if key not in _PARTS}
+        names = method or content.get("method", "rtn")
+        fields = _compose(names) | content | {"method": names}
+        in_schemes = {key: value for key, value in overrides.items() if key[0] in _TENSORS}
+        fields["scheme"] = _scheme(scheme or content.get("scheme", DEFAULT_SCHEME), in_schemes)
+        fields["layers"] = [_layer_rule(rule, in_schemes) for rule in _list(content, "layers")]
+        fields["ignore"] = [*_list(content, "ignore"), *ignore]
+        fields["transforms"] = _list(fields, "transforms")
         if seed is not None:
             fields["seed"] = seed
-        for key, value in overrides:
-            if key[0] not in _TENSORS:
-                _set(fields, key, value)
-        recipe: Self = _make(cls, "The recipe", fields | {"method": names})
+        for key, value in overrides.items():
+            if key[0] not in _TENSORS and key not in _FIELDS:
+                _set_option(fields, key, value)
+        recipe: Self = _make(cls, "The recipe", fields)
         return recipe
 
     def scheme_for(self, layer: str) -> Scheme | None:
@@ -187,6 +187,9 @@ class Recipe(BaseModel):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+_FIELDS = {(name,) for name in Recipe.model_fields}
+
+
 def method_names() -> list[str]:
     """The methods there are."""
     return sorted(file.stem for file in _METHODS.glob("*.yaml"))
@@ -202,10 +205,16 @@ def method_text(name: str) -> str:
     return (_METHODS / f"{name}.yaml").read_text(encoding="utf-8")
 
 
-def _compose(names: str) -> dict[str, Any]:
+def _compose(names: object) -> dict[str, Any]:
     """The fields of methods joined by `+`: transforms follow one another, a later range or rounding replaces."""
+    parts = names.split("+") if isinstance(names, str) else []
+    if not all(part.strip() for part in parts) or not parts:
+        raise RecipeError(
+            f"The method {names!r} is neither a name nor several joined by +, as in smoothquant+awq: "
+            f"{did_you_mean(str(names), method_names())}."
+        )
     fields: dict[str, Any] = {"transforms": []}
-    for name in names.split("+"):
+    for name in parts:
         content = yaml.safe_load(method_text(name.strip()))
         content.pop("summary"), content.pop("paper")
         fields["transforms"] += content.pop("transforms", [])
@@ -215,12 +224,12 @@ def _compose(names: str) -> dict[str, Any]:
 
 def _read_file(file: Path) -> dict[str, Any]:
     if not file.is_file():
-        raise RecipeError(f"There is no recipe file {file}.")
+        raise RecipeError(f"There is no recipe file {file}: check the path, or give a --method.")
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise RecipeError(f"{file} is not valid YAML ({reason}).") from error
+        raise RecipeError(f"{file} is not valid YAML ({reason}): correct it.") from error
     if not isinstance(content, dict):
         raise RecipeError(
             f"{file} holds no recipe: write `key: value` lines, as `bitfold recipes awq` shows."
@@ -233,10 +242,22 @@ def _read_file(file: Path) -> dict[str, Any]:
     return {key: value for key, value in content.items() if key not in ("summary", "paper")}
 
 
+def _list(fields: Mapping[str, Any], key: str) -> list[Any]:
+    """A field of a recipe that is a list, or was left out."""
+    value = fields.get(key) or []
+    if not isinstance(value, list | tuple):
+        raise RecipeError(
+            f"The recipe's `{key}` is a list, not {value!r}: write one item a line, `- …`."
+        )
+    return list(value)
+
+
 def _override(item: str) -> tuple[tuple[str, ...], Any]:
     key, equals, value = item.partition("=")
     if not equals or not key.strip():
-        raise RecipeError(f"--set takes key=value, not '{item}'.")
+        raise RecipeError(
+            f"--set takes key=value, not '{item}': write for example weight.symmetric=true."
+        )
     try:
         return tuple(key.strip().split(".")), yaml.safe_load(value)
     except yaml.YAMLError as error:
@@ -255,7 +276,8 @@ def _scheme(text: object, overrides: Mapping[tuple[str, ...], Any]) -> Scheme:
             raise RecipeError(f"'{'.'.join([tensor, *path])}' is no key: write {tensor}.<option>.")
         if fields[tensor] is None:
             raise RecipeError(
-                f"'{tensor}.{path[0]}' has nothing to set: the scheme leaves {tensor}s alone."
+                f"'{tensor}.{path[0]}' has nothing to set, because the scheme leaves the {tensor} alone: "
+                "choose a scheme that quantizes it."
             )
         fields[tensor][path[0]] = value
         if tensor == "activation" and path[0] == "static" and value is True:
@@ -263,7 +285,7 @@ def _scheme(text: object, overrides: Mapping[tuple[str, ...], Any]) -> Scheme:
         if path[0] == "group_size":
             fields[tensor]["granularity"] = "channel" if value is None else "group"
     for tensor, _ in overrides:
-        _make(type(getattr(base, tensor)), tensor, fields[tensor])
+        _make(type(getattr(base, tensor)), f"The scheme of the {tensor}", fields[tensor])
     scheme: Scheme = _make(Scheme, "The scheme", fields)
     return scheme
 
@@ -278,11 +300,8 @@ def _layer_rule(rule: object, overrides: Mapping[tuple[str, ...], Any]) -> dict[
     return dict(rule) | {"scheme": _scheme(rule["scheme"], apply)}
 
 
-def _set(fields: dict[str, Any], key: tuple[str, ...], value: Any) -> None:
-    """Put a value at a recipe field, or at an option of a part the method has."""
-    if len(key) == 1 and key[0] in Recipe.model_fields:
-        fields[key[0]] = value
-        return
+def _set_option(fields: dict[str, Any], key: tuple[str, ...], value: Any) -> None:
+    """Put a value at an option of a part the method has."""
     parts = {name: slot for slot, name in _parts_of(fields)}
     if len(key) == 2 and key[0] in parts:
         slot = parts[key[0]]
@@ -291,6 +310,11 @@ def _set(fields: dict[str, Any], key: tuple[str, ...], value: Any) -> None:
         else:
             fields[slot] = _with_option(fields[slot], key, value)
         return
+    if key[0] in (*TRANSFORMS, *RANGES, *ROUNDINGS):
+        raise RecipeError(
+            f"'{'.'.join(key)}' is an option of {key[0]}, which the method {fields['method']} does not have: "
+            "choose another --method, or leave it out."
+        )
     known = [
         *Recipe.model_fields,
         *(f"{t}.symmetric" for t in _TENSORS),

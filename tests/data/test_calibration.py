@@ -150,18 +150,21 @@ def test_arrays_follow_each_other(tmp_path, tokenizer):
 # --- bad input: what is given, and the words the sentence must have ---
 
 FILES = {
-    "no such file": (lambda d: d / "absent.txt", "no such file.*absent.txt"),
+    "no such file": (lambda d: d / "absent.txt", "There is no file .*absent.txt"),
     "directory": (lambda d: d, "is a directory"),
     "empty": (lambda d: write(d / "a.txt", ""), "a.txt is empty"),
     "white space": (lambda d: write(d / "a.txt", " \n"), "white space"),
     "suffix": (lambda d: write(d / "a.csv", "x"), "unknown kind.*.txt, .jsonl, .npy"),
     "not UTF-8": (lambda d: write(d / "a.txt", b"ab\xff"), r"not UTF-8 \(byte 2\).*iconv"),
-    "too short": (lambda d: write(d / "a.txt", "Hello."), r"a.txt: \d tokens.*needs 16"),
-    "broken JSON": (lambda d: write(d / "a.jsonl", '{"text": "a"}\n{'), "line 2: broken JSON"),
-    "no object": (lambda d: write(d / "a.jsonl", '"text"'), "line 1: neither 'text' nor"),
-    "no field": (lambda d: write(d / "a.jsonl", '\n{"body": "a"}'), "line 2: neither 'text' nor"),
+    "too short": (lambda d: write(d / "a.txt", "Hello."), r"a.txt gives \d tokens.*needs 16"),
+    "broken JSON": (lambda d: write(d / "a.jsonl", '{"text": "a"}\n{'), "line 2 is broken JSON"),
+    "no object": (lambda d: write(d / "a.jsonl", '"text"'), "line 1 has neither 'text' nor"),
+    "no field": (
+        lambda d: write(d / "a.jsonl", '\n{"body": "a"}'),
+        "line 2 has neither 'text' nor",
+    ),
     "number": (lambda d: write(d / "a.jsonl", '{"text": 7}'), "line 1: 'text' must be a string"),
-    "surrogate": (lambda d: write(d / "a.jsonl", r'{"text": "\ud800"}'), "line 1: half of a"),
+    "surrogate": (lambda d: write(d / "a.jsonl", r'{"text": "\ud800"}'), "line 1 holds half of a"),
     "no template": (lambda d: write(d / "a.jsonl", '{"messages": []}'), "line 1.*chat template"),
     "float": (lambda d: saved(d / "a.npy", np.ones((2, 16))), "float64.*must be integers"),
     "bool": (lambda d: saved(d / "a.npy", np.ones((2, 16), bool)), "bool.*must be integers"),
@@ -211,7 +214,7 @@ def test_kinds_and_lengths_do_not_mix(tmp_path, tokenizer):
     text = write(tmp_path / "a.txt", TEXT)
     short = saved(tmp_path / "s.npy", np.ones((2, 9), int))
     long = saved(tmp_path / "l.npy", np.ones((2, 16), int))
-    with pytest.raises(DataError, match=r"a.txt, s.npy.*cannot be mixed"):
+    with pytest.raises(DataError, match=r"cannot be mixed .a.txt, s.npy"):
         calibrate([text, short], tokenizer)
     with pytest.raises(DataError, match=r"different lengths.*s.npy 9, l.npy 16"):
         calibrate([short, long], tokenizer)
@@ -221,7 +224,7 @@ def test_kinds_and_lengths_do_not_mix(tmp_path, tokenizer):
     ("options", "words"),
     [
         ({"samples": 0}, "samples must be at least 1, not 0"),
-        ({"sequence_length": 1}, "sequence length 1 is too short"),
+        ({"sequence_length": 1}, "sequence length of 1 is too short"),
         ({"vocab_size": 100}, r"token id \d+, but the model's vocabulary ends at 99"),
     ],
 )

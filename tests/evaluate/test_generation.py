@@ -96,11 +96,11 @@ def test_the_last_position_may_be_used(tokenizer):
 
 def test_bad_input(tokenizer):
     model = llama()
-    with pytest.raises(DataError, match="the prompt is empty"):
+    with pytest.raises(DataError, match="The prompt is empty"):
         generate(model, "", tokenizer=tokenizer)
     with pytest.raises(DataError, match="leave none of the model's 64 positions: shorten it"):
         generate(model, "word " * 100, tokenizer=tokenizer)
-    with pytest.raises(DataError, match="max_new_tokens must be at least 1, not 0"):
+    with pytest.raises(DataError, match="new tokens must be at least 1, not 0"):
         generate(model, PROMPT, tokenizer=tokenizer, max_new_tokens=0)
     with pytest.raises(DataError, match="pass tokenizer="):
         generate(model, PROMPT)

@@ -224,7 +224,7 @@ def test_directories_are_loaded_with_their_tokenizers(tokenizer, text, tmp_path)
 
 
 def test_other_vocabularies_and_tokenizers(tokenizer, text, tmp_path):
-    with pytest.raises(DataError, match="vocabularies of 4096 and 4097 tokens cannot be compared"):
+    with pytest.raises(DataError, match="Vocabularies of 4096 and 4097 tokens cannot be compared"):
         evaluate(tiny(0), text, tokenizer=tokenizer, against=tiny(0, vocab_size=4097))
 
     tiny(0).save_pretrained(tmp_path)
@@ -249,13 +249,18 @@ def test_bad_input(tokenizer, text, tmp_path):
         with pytest.raises(error, match=words):
             evaluate(*arguments, **{"tokenizer": tokenizer, **options})
 
-    fails(r"short.txt: \d tokens, but one window needs 64", model, short)
-    fails("no such file", model, tmp_path / "absent.txt")
+    fails(r"short.txt gives \d tokens, but one window needs 64", model, short)
+    fails("There is no file", model, tmp_path / "absent.txt")
     fails("plain text", model, tmp_path / "a.jsonl")
     fails("no text to evaluate on", model, {})
-    fails("beyond the model's 64 positions: use at most 64", model, text, sequence_length=65)
-    fails("sequence length 0 is too short", model, text, sequence_length=0)
+    fails(
+        "more than the 64 positions of the model: choose at most 64",
+        model,
+        text,
+        sequence_length=65,
+    )
+    fails("sequence length of 0 is too short", model, text, sequence_length=0)
     fails("windows must be at least 1", model, text, windows=0)
     fails("pass tokenizer=", model, text, tokenizer=None)
-    fails("no such directory", tmp_path / "absent", text, error=CheckpointError)
-    fails("no such directory", model, text, against=tmp_path / "absent", error=CheckpointError)
+    fails("There is no directory", tmp_path / "absent", text, error=CheckpointError)
+    fails("There is no directory", model, text, against=tmp_path / "absent", error=CheckpointError)

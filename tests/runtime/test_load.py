@@ -164,8 +164,8 @@ BAD = {
     ),
     "config a list": (lambda d: (d / "config.json").write_text("[]"), "must hold a JSON object"),
     "no model_type": (lambda d: (d / "config.json").write_text("{}"), "names no model_type"),
-    "unknown model": (lambda d: change_config(d, model_type="warp"), "cannot load.*warp"),
-    "bad field": (lambda d: change_config(d, hidden_size="big"), "cannot load.*hidden_size"),
+    "unknown model": (lambda d: change_config(d, model_type="warp"), "possible to load.*warp"),
+    "bad field": (lambda d: change_config(d, hidden_size="big"), "possible to load.*hidden_size"),
     "no weights": (lambda d: (d / WEIGHTS).unlink(), "has no weights"),
     "only a pickle": (only_pickle, "pytorch_model.bin, a pickle.*convert it to safetensors"),
     "truncated": (truncate, f"{WEIGHTS} is truncated or not a safetensors"),
@@ -214,7 +214,7 @@ BAD_TOKENIZER = {
     "not JSON": (lambda d: (d / "tokenizer.json").write_text("{"), "tokenizer.json is not valid"),
     "no tokenizer in it": (
         lambda d: (d / "tokenizer.json").write_text("{}"),
-        "cannot load the tok",
+        "possible to load the tok",
     ),
     "config": (lambda d: (d / "tokenizer_config.json").write_text("{"), "tokenizer_config.json is"),
 }
@@ -233,9 +233,9 @@ def test_bad_tokenizer(checkpoint, case):
 
 
 def test_paths_that_are_no_directory(tmp_path):
-    with pytest.raises(CheckpointError, match=r"no such directory: .*absent"):
+    with pytest.raises(CheckpointError, match=r"no directory .*absent"):
         load(tmp_path / "absent")
-    with pytest.raises(CheckpointError, match=r"no such directory: ./absent"):
+    with pytest.raises(CheckpointError, match=r"no directory ./absent"):
         load("./absent")
     with pytest.raises(CheckpointError, match="is a file: give the directory"):
         load(DEMO_MODEL / "config.json")
@@ -277,11 +277,11 @@ def test_device_and_dtype(monkeypatch):
 
     with pytest.raises(RecipeError, match="'cuda' was asked for, but PyTorch sees 0 CUDA devices"):
         resolve_device("cuda")
-    with pytest.raises(RecipeError, match=r"unknown device 'gpu'.*Known: auto, cpu, cuda"):
+    with pytest.raises(RecipeError, match=r"Unknown device 'gpu'.*Known: auto, cpu, cuda"):
         resolve_device("gpu")
-    with pytest.raises(RecipeError, match="unknown device 'cuda:x'"):
+    with pytest.raises(RecipeError, match="Unknown device 'cuda:x'"):
         resolve_device("cuda:x")
-    with pytest.raises(RecipeError, match="unknown dtype 'float-16': did you mean 'float16'"):
+    with pytest.raises(RecipeError, match="Unknown dtype 'float-16': did you mean 'float16'"):
         resolve_dtype("float-16", cpu)
     with pytest.raises(RecipeError, match=r"cannot run in torch.int8"):
         resolve_dtype(torch.int8, cpu)

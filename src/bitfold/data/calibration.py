@@ -87,7 +87,7 @@ def load_calibration(
             )
     elif any(in_arrays):
         raise DataError(
-            f"{names}: token ids (.npy) and text cannot be mixed: give files of one kind"
+            f"Token ids (.npy) and text cannot be mixed ({names}): give files of one kind."
         )
     else:
         assert tokenizer is not None, "text needs a tokenizer"
@@ -116,7 +116,7 @@ def check_samples(samples: int) -> None:
 def _check_suffix(path: Path) -> None:
     if path.suffix.lower() not in SUFFIXES and not path.is_dir():
         raise DataError(
-            f"{path}: unknown kind of calibration file: give one of {', '.join(SUFFIXES)}"
+            f"{path} is an unknown kind of calibration file: give one of {', '.join(SUFFIXES)}."
         )
 
 
@@ -124,8 +124,8 @@ def _cut(tokens: torch.Tensor, length: int, names: str) -> torch.Tensor:
     rows = windows(tokens, length)
     if not len(rows):
         raise DataError(
-            f"{names}: {tokens.numel()} tokens, but one window needs {length}:"
-            " give more text or a shorter sequence length"
+            f"{names} gives {tokens.numel()} tokens, but one window needs {length}: "
+            "give more text or a shorter sequence length."
         )
     return rows
 
@@ -150,24 +150,24 @@ def _read_line(line: str, where: str, tokenizer: PreTrainedTokenizerBase) -> str
     try:
         record = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{where}: broken JSON ({error}): one object per line is needed") from error
+        raise DataError(f"{where} is broken JSON ({error}): write one object per line.") from error
     if not isinstance(record, dict) or not {"text", "messages"} & record.keys():
-        raise DataError(f"{where}: neither 'text' nor 'messages': every line needs one of them")
+        raise DataError(f"{where} has neither 'text' nor 'messages': give every line one of them.")
     text = (
         record["text"] if "text" in record else _render_chat(record["messages"], where, tokenizer)
     )
     if not isinstance(text, str):
-        raise DataError(f"{where}: 'text' must be a string, not {type(text).__name__}")
+        raise DataError(f"{where}: 'text' must be a string, not {type(text).__name__}: correct it.")
     if re.search("[\ud800-\udfff]", text):  # JSON can spell what no tokenizer takes
-        raise DataError(f"{where}: half of a \\u surrogate pair, which is no text: remove it")
+        raise DataError(f"{where} holds half of a \\u surrogate pair, which is no text: remove it.")
     return text
 
 
 def _render_chat(messages: Any, where: str, tokenizer: PreTrainedTokenizerBase) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(
-            f"{where}: 'messages' need a chat template, and this model's tokenizer has none:"
-            " give 'text' instead"
+            f"{where}: 'messages' need a chat template, and this model's tokenizer has none: "
+            "give 'text' instead."
         )
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False)
@@ -175,8 +175,8 @@ def _render_chat(messages: Any, where: str, tokenizer: PreTrainedTokenizerBase) 
         Exception
     ) as error:  # a template is a programme of the model's author: it may raise anything
         raise DataError(
-            f"{where}: the chat template refuses these messages ({error}):"
-            " give a list of {'role': …, 'content': …} in the order the model expects"
+            f"{where}: the chat template refuses these messages ({error}): "
+            "give a list of {'role': …, 'content': …} in the order the model expects."
         ) from error
 
 
@@ -189,7 +189,7 @@ def _read_rows(paths: Sequence[Path], sequence_length: int, vocab_size: int) -> 
     if len({part.shape[1] for part in parts}) > 1:
         lengths = zip(paths, (part.shape[1] for part in parts), strict=True)
         each = ", ".join(f"{path.name} {length}" for path, length in lengths)
-        raise DataError(f"rows of different lengths cannot be mixed ({each}): give one length")
+        raise DataError(f"Rows of different lengths cannot be mixed ({each}): give one length.")
     return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
 
@@ -198,23 +198,27 @@ def _read_array(path: Path, vocab_size: int) -> np.ndarray:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError, SyntaxError, zipfile.BadZipFile) as error:
         raise DataError(
-            f"{path} is not a plain NumPy array (pickles are refused):"
-            " save integer token ids [samples, length] with numpy.save"
+            f"{path} is not a plain NumPy array (pickles are refused): "
+            "save integer token ids [samples, length] with numpy.save."
         ) from error
     if not isinstance(array, np.ndarray):
-        raise DataError(f"{path} is an archive of arrays: save one array with numpy.save")
+        raise DataError(f"{path} is an archive of arrays: save one array with numpy.save.")
     if array.dtype.kind not in "iu":
-        raise DataError(f"{path} holds {array.dtype} values: token ids must be integers")
+        raise DataError(
+            f"{path} holds {array.dtype} values, but token ids must be integers: save them as such."
+        )
     if array.ndim != 2:
-        raise DataError(f"{path} has shape {array.shape}: token ids must be [samples, length]")
+        raise DataError(
+            f"{path} has shape {array.shape}, but token ids must be [samples, length]: reshape them."
+        )
     if array.shape[0] < 1 or array.shape[1] < 2:
         raise DataError(
-            f"{path} has shape {array.shape}: at least 1 row of at least 2 tokens is needed"
+            f"{path} has shape {array.shape}: give at least 1 row of at least 2 tokens."
         )
     for token in (int(array.min()), int(array.max())):
         if not 0 <= token < vocab_size:
             raise DataError(
-                f"{path} holds token id {token}, outside the model's vocabulary of {vocab_size}"
-                f" (0 to {vocab_size - 1}): tokenize with this model's tokenizer"
+                f"{path} holds token id {token}, outside the model's vocabulary of {vocab_size} "
+                f"(0 to {vocab_size - 1}): tokenize with this model's tokenizer."
             )
     return array

@@ -40,22 +40,24 @@ def default_sequence_length(config: PretrainedConfig) -> int:
 def check_sequence_length(length: int) -> None:
     """Raise DataError for a window in which nothing can be predicted."""
     if length < 2:
-        raise DataError(f"sequence length {length} is too short: a window needs at least 2 tokens")
+        raise DataError(f"A sequence length of {length} is too short: choose at least 2 tokens.")
 
 
 def check_file(path: Path) -> None:
     """Raise DataError unless `path` is a file with something in it."""
     if path.is_dir():
-        raise DataError(f"{path} is a directory: name a file in it")
+        raise DataError(f"{path} is a directory: name a file in it.")
     if not path.is_file():
-        raise DataError(f"no such file: {path}")
+        raise DataError(f"There is no file {path}: check the path.")
     try:
         empty = path.stat().st_size == 0
         path.open("rb").close()
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+        raise DataError(
+            f"{path} cannot be read ({error.strerror}): check its permissions."
+        ) from error
     if empty:
-        raise DataError(f"{path} is empty: give a file with text in it")
+        raise DataError(f"{path} is empty: give a file with text in it.")
 
 
 def read_text(path: Path) -> str:
@@ -65,10 +67,10 @@ def read_text(path: Path) -> str:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path} is not UTF-8 (byte {error.start}): convert it, e.g. with iconv -t utf-8"
+            f"{path} is not UTF-8 (byte {error.start}): convert it, e.g. with iconv -t utf-8."
         ) from error
     if not text.strip():
-        raise DataError(f"{path} holds only white space: give a file with text in it")
+        raise DataError(f"{path} holds only white space: give a file with text in it.")
     return text
 
 
@@ -95,8 +97,8 @@ def check_vocabulary(tokens: torch.Tensor, vocab_size: int) -> None:
     largest = int(tokens.max()) if tokens.numel() else 0
     if largest >= vocab_size:
         raise DataError(
-            f"the tokenizer gave token id {largest}, but the model's vocabulary ends at"
-            f" {vocab_size - 1}: use the tokenizer the model was trained with"
+            f"The tokenizer gave token id {largest}, but the model's vocabulary ends at {vocab_size - 1}: "
+            "use the tokenizer the model was trained with."
         )
 
 

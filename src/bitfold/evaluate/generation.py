@@ -62,12 +62,14 @@ def generate(
     the new tokens, CheckpointError for checkpoints.
     """
     if max_new_tokens < 1:
-        raise DataError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+        raise DataError(
+            f"The number of new tokens must be at least 1, not {max_new_tokens}: ask for more."
+        )
     if not prompt:
-        raise DataError("the prompt is empty: give some text to continue")
+        raise DataError("The prompt is empty: give some text to continue.")
     if tokenizer is None:
         if not isinstance(model, str | Path):
-            raise DataError("a loaded model does not carry its tokenizer: pass tokenizer=")
+            raise DataError("A loaded model does not carry its tokenizer: pass tokenizer=.")
         tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     if isinstance(model, str | Path):
         model = load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -95,17 +97,17 @@ def generate(
 def _check_fits(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: int) -> None:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if prompt_tokens < 1:
-        raise DataError("the prompt holds no token: give some text to continue")
+        raise DataError("The prompt holds no token: give some text to continue.")
     if not positions or prompt_tokens + max_new_tokens <= positions:
         return
     if prompt_tokens >= positions:
         raise DataError(
-            f"the prompt's {prompt_tokens} tokens leave none of the model's {positions} positions:"
-            " shorten it"
+            f"The prompt's {prompt_tokens} tokens leave none of the model's {positions} positions: "
+            "shorten it."
         )
     raise DataError(
-        f"{prompt_tokens} prompt tokens and {max_new_tokens} new ones are beyond the model's"
-        f" {positions} positions: ask for at most {positions - prompt_tokens} new tokens"
+        f"The {prompt_tokens} tokens of the prompt and {max_new_tokens} new ones are beyond the model's "
+        f"{positions} positions: ask for at most {positions - prompt_tokens} new tokens."
     )
 
 

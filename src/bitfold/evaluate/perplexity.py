@@ -116,13 +116,13 @@ def evaluate(
     CheckpointError for checkpoints. Logits that are not finite are counted, not raised.
     """
     if windows is not None and windows < 1:
-        raise DataError(f"windows must be at least 1, not {windows}")
+        raise DataError(f"The number of windows must be at least 1, not {windows}: ask for more.")
     paths = _by_name(texts)
     contents = {name: read_text(path) for name, path in paths.items()}
     opened = partial(_opened, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     if tokenizer is None:
         if not isinstance(model, str | Path):
-            raise DataError("a loaded model does not carry its tokenizer: pass tokenizer=")
+            raise DataError("A loaded model does not carry its tokenizer: pass tokenizer=.")
         tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     candidate = opened(model)
     length = sequence_length
@@ -143,8 +143,8 @@ def evaluate(
         reference = opened(against)
         if _vocab_size(reference) != vocab_size:
             raise DataError(
-                f"vocabularies of {vocab_size} and {_vocab_size(reference)} tokens cannot be"
-                " compared: evaluate against the model this one was made from"
+                f"Vocabularies of {vocab_size} and {_vocab_size(reference)} tokens cannot be compared: "
+                "evaluate against the model this one was made from."
             )
         _check_positions(reference, length)
 
@@ -170,10 +170,12 @@ def _by_name(texts: Mapping[str, str | Path] | str | Path) -> dict[str, Path]:
     if isinstance(texts, str | Path):
         texts = {Path(texts).stem: texts}
     if not texts:
-        raise DataError("no text to evaluate on: name at least one file")
+        raise DataError("There is no text to evaluate on: name at least one file.")
     for path in texts.values():
         if Path(path).suffix.lower() in NOT_TEXT:
-            raise DataError(f"{path}: evaluation takes plain text (UTF-8), not {Path(path).suffix}")
+            raise DataError(
+                f"{path} is not plain text (UTF-8), which is what evaluation takes: convert it."
+            )
     return {name: Path(path) for name, path in texts.items()}
 
 
@@ -198,8 +200,8 @@ def _check_positions(model: PreTrainedModel, length: int) -> None:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions and length > positions:
         raise DataError(
-            f"sequence length {length} is beyond the model's {positions} positions:"
-            f" use at most {positions}"
+            f"A sequence length of {length} is more than the {positions} positions of the model: "
+            f"choose at most {positions}."
         )
 
 
@@ -207,8 +209,8 @@ def _cut(tokens_T: torch.Tensor, length: int, path: Path) -> torch.Tensor:
     rows_nL = cut_windows(tokens_T, length)
     if not len(rows_nL):
         raise DataError(
-            f"{path}: {tokens_T.numel()} tokens, but one window needs {length}:"
-            " give more text or a shorter sequence length"
+            f"{path} gives {tokens_T.numel()} tokens, but one window needs {length}: "
+            "give more text or a shorter sequence length."
         )
     return rows_nL
 
@@ -222,8 +224,8 @@ def _check_same_tokens(
     for name, text in contents.items():
         if not torch.equal(tokenize(text, other), tokens[name]):
             raise DataError(
-                f"the two models' tokenizers cut '{name}' into different tokens:"
-                " evaluate against the model this one was made from"
+                f"The two models' tokenizers cut '{name}' into different tokens: "
+                "evaluate against the model this one was made from."
             )
 
 

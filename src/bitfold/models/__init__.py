@@ -23,8 +23,8 @@ def family_of(model_type: str) -> Family:
     """
     if model_type not in FAMILIES:
         raise FamilyError(
-            f"bitfold has no family for model_type '{model_type}' ({did_you_mean(model_type, FAMILIES)}). "
-            "To add one, write its blocks and sites as data in src/bitfold/models/, as llama.py does, "
+            f"No family is known for model_type '{model_type}' ({did_you_mean(model_type, FAMILIES)}): "
+            "to add one, write its blocks and sites as data in src/bitfold/models/, as llama.py does, "
             "and list it in src/bitfold/models/__init__.py."
         )
     return FAMILIES[model_type]

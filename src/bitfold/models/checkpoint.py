@@ -99,6 +99,6 @@ def _refuse_nonfinite(tensor: Tensor, name: str, file: Path) -> None:
     if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
         count = int((~torch.isfinite(tensor)).sum())
         raise CheckpointError(
-            f"{name} in {file} holds {count} values that are NaN or infinite: the checkpoint is broken; "
-            "download or train it again."
+            f"The tensor {name} in {file} is NaN or infinite in {count} of {tensor.numel()} values: "
+            "the checkpoint is broken; download or train it again."
         )

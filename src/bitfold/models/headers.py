@@ -65,8 +65,9 @@ def read_json(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error.strerror}).") from error
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON
+        what = "is not valid JSON" if file.stat().st_size else "is empty, not valid JSON"
         raise CheckpointError(
-            f"{file} is not valid JSON ({_first_line(error)}): copy or download it again."
+            f"{file} {what} ({_first_line(error)}): copy or download it again."
         ) from error
     if not isinstance(content, dict):
         raise CheckpointError(
@@ -136,7 +137,7 @@ def _file_header(file: Path) -> dict[str, TensorInfo]:
                 dtype = part.get_dtype()
                 if dtype not in _DTYPES:
                     raise CheckpointError(
-                        f"{name} in {file} has dtype {dtype}, which bitfold does not read: "
+                        f"The tensor {name} in {file} has dtype {dtype}, which bitfold does not read: "
                         "convert the checkpoint to bfloat16."
                     )
                 result[name] = TensorInfo(file.name, _DTYPES[dtype], tuple(part.get_shape()))

@@ -47,9 +47,12 @@ class Skeleton:
                 model = AutoModelForCausalLM.from_config(
                     self.config, attn_implementation=ATTENTION, dtype=torch.float32
                 )
-        except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+        except (
+            Exception
+        ) as error:  # a model's code may raise anything over a value that it did not expect
             raise CheckpointError(
-                f"{checkpoint.path / 'config.json'} describes no network that can be built ({error})."
+                f"{checkpoint.path / 'config.json'} describes no network that can be built ({_reason(error)}): "
+                "copy or download it again."
             ) from error
         model.tie_weights()
         self.model = model.eval().requires_grad_(False)
@@ -179,13 +182,13 @@ class Skeleton:
             if stored not in self.checkpoint.tensors:
                 raise CheckpointError(
                     f"{self.checkpoint.path}: config.json asks for {name}, which the weights lack: "
-                    "config and weights do not belong together (layer count? sizes?)."
+                    "config and weights are of different models (layer count?); copy or download both again."
                 )
             shape = self.checkpoint.tensors[stored].shape
             if shape != tuple(parameter.shape):
                 raise CheckpointError(
                     f"{self.checkpoint.path}: {name} is {list(shape)} in the weights but {list(parameter.shape)} "
-                    "by config.json: config and weights do not belong together."
+                    "by config.json: config and weights are of different models; copy or download both again."
                 )
             sources[name] = stored
         spare = set(self.checkpoint.tensors) - set(sources.values())
@@ -196,7 +199,8 @@ class Skeleton:
             example = min(spare)
             raise CheckpointError(
                 f"{self.checkpoint.path}: the weights hold {example} (and {len(spare) - 1} more) that config.json "
-                "knows nothing of: config and weights do not belong together (layer count?)."
+                "knows nothing of: config and weights are of different models (layer count?); "
+                "copy or download both again."
             )
         return sources
 
@@ -259,16 +263,25 @@ def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
     except Exception as error:
         # transformers and huggingface_hub raise a dozen classes here, all about this file.
         raise CheckpointError(
-            f"{checkpoint.path / 'config.json'} is not a valid config ({' '.join(str(error).split())})."
+            f"{checkpoint.path / 'config.json'} is not a valid config ({_reason(error)}): "
+            "copy or download it again."
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What transformers says of a value, without the names of the validators it went through."""
+    said = str(error).rpartition("Error: ")[2].strip().rstrip(".")
+    return said if " " in said else f"{type(error).__name__}: {said}"
 
 
 def _original_config(checkpoint: Checkpoint) -> PretrainedConfig:
     """The config of a checkpoint that can be quantized: of a known family, and not quantized yet."""
     family_of(checkpoint.config["model_type"])
     if "quantization_config" in checkpoint.config:
-        method = checkpoint.config["quantization_config"].get("quant_method", "?")
+        settings = checkpoint.config["quantization_config"]
+        method = settings.get("quant_method") if isinstance(settings, dict) else settings
         raise CheckpointError(
-            f"{checkpoint.path} is quantized already ({method}): give the original checkpoint."
+            f"{checkpoint.path} is quantized already (its quantization_config says {method}): "
+            "give the original checkpoint."
         )
     return read_config(checkpoint)

@@ -120,10 +120,11 @@ class Scheme(BaseModel):
                 **heads,
             )
         except ValidationError as error:
-            reason = error.errors()[0]
+            first = error.errors()[0]
+            reason = first["msg"].removeprefix("Value error, ")
+            reason = reason.replace("Input", ".".join(map(str, first["loc"])))
             raise RecipeError(
-                f"Scheme '{notation}' is impossible: {'.'.join(map(str, reason['loc']))} "
-                f"{reason['msg'].removeprefix('Value error, ')}; integer grids have 2 to 8 bits, "
+                f"Scheme '{notation}' is impossible: {reason}; integer grids have 2 to 8 bits, "
                 "16 leaves a tensor alone."
             ) from error
         except ValueError as error:

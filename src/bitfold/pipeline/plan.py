@@ -105,16 +105,17 @@ def _in_features(block: torch.nn.Module, name: str) -> int:
 
 
 def _check_patterns(recipe: Recipe, names: list[str]) -> None:
-    known = [*names, HEAD]
     patterns = [("ignore", pattern) for pattern in recipe.ignore]
     patterns += [("layers", rule.match) for rule in recipe.layers]
     for where, pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in known):
-            leaves = sorted({f"*.{name.rpartition('.')[2]}" for name in known})
-            raise RecipeError(
-                f"The pattern '{pattern}' in {where} matches no linear layer of the model: "
-                f"{did_you_mean(pattern, leaves)}."
-            )
+        # A rule means lm_head only where it says so: `*` is every layer of the blocks.
+        if pattern == HEAD or any(fnmatchcase(name, pattern) for name in names):
+            continue
+        leaves = [HEAD, *{f"*.{name.rpartition('.')[2]}" for name in names}]
+        raise RecipeError(
+            f"The pattern '{pattern}' in {where} matches no linear layer of the model: "
+            f"{did_you_mean(pattern, leaves)}."
+        )
 
 
 def _check_groups(name: str, inputs: int, scheme: Scheme) -> None:

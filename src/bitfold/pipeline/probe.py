@@ -66,9 +66,10 @@ class Probe:
                     torch.from_numpy(stored["logits"]),
                     str(stored["dtype"]),
                 )
-        except Exception as error:
+        except Exception as error:  # zip, NumPy and the operating system each have their own
+            reason = getattr(error, "strerror", None) or error
             raise VerificationError(
-                f"{path} is missing or damaged ({error}): the artifact cannot be verified; quantize again."
+                f"{path} is missing or damaged ({reason}): the artifact cannot be verified; quantize again."
             ) from error
 
 

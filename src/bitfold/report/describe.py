@@ -1,6 +1,5 @@
 """What a model directory is: family, blocks, sites, sizes, and for an artifact its schemes, recipe and provenance."""
 
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from bitfold.errors import BitfoldError
 from bitfold.models import family_of
 from bitfold.models.checkpoint import Checkpoint
 from bitfold.models.family import head_counts
+from bitfold.models.headers import read_json
 from bitfold.models.skeleton import read_config
 from bitfold.runtime.checkpoint import find_checkpoint
 
@@ -69,7 +69,7 @@ def _artifact(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
     quantization = checkpoint.config.get("quantization_config")
     result: dict[str, Any] = {"format": quantization["quant_method"]} if quantization else {}
     if (path / "report.json").is_file():
-        result |= json.loads((path / "report.json").read_text(encoding="utf-8"))
-        result["provenance"] = json.loads((path / "provenance.json").read_text(encoding="utf-8"))
+        result |= read_json(path / "report.json")
+        result["provenance"] = read_json(path / "provenance.json")
         result["recipe"] = (path / "recipe.yaml").read_text(encoding="utf-8")
     return result

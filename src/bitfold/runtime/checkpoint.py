@@ -26,12 +26,20 @@ def find_checkpoint(model: str | Path, *, with_code: bool = False) -> Path:
     own Python files `with_code`. CheckpointError if there is no such directory and no such name.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise CheckpointError(f"{model} is a file: give the directory of a checkpoint")
+    try:
+        if path.is_dir():
+            return path
+        is_file = path.exists()
+    except OSError as error:
+        raise CheckpointError(
+            f"The directory {model} cannot be read ({error.strerror}): check the path."
+        ) from error
+    if is_file:
+        raise CheckpointError(f"{model} is a file: give the directory of a checkpoint.")
     if isinstance(model, Path) or not HUB_NAME.fullmatch(model):
-        raise CheckpointError(f"no such directory: {model}")
+        raise CheckpointError(
+            f"There is no directory {model}: check the path, or give a name on the hub."
+        )
     return _fetch(model, [*HUB_FILES, "*.py"] if with_code else HUB_FILES)
 
 
@@ -42,8 +50,8 @@ def _fetch(name: str, patterns: list[str]) -> Path:
         revision = huggingface_hub.HfApi().model_info(name, timeout=HUB_TIMEOUT_SECONDS).sha
     except RepositoryNotFoundError as error:  # gated and private ones too
         raise CheckpointError(
-            f"'{name}' is neither a local directory nor a model the hub lets you read: check the"
-            " name, or log in with `hf auth login` if the model is gated"
+            f"'{name}' is neither a local directory nor a model the hub lets you read: "
+            "check the name, or log in with `hf auth login` if the model is gated."
         ) from error
     except Exception:  # offline, no route, a proxy's refusal: the cache may still have it
         revision = None
@@ -57,8 +65,8 @@ def _fetch(name: str, patterns: list[str]) -> Path:
         )
     except Exception as error:  # the HTTP client's errors have no base that its versions share
         raise CheckpointError(
-            f"'{name}' is not a local directory, and the hub could not be reached:"
-            " give the path of a local directory"
+            f"'{name}' is not a local directory, and the hub could not be reached: "
+            "give the path of a local directory."
         ) from error
     return Path(directory)
 

@@ -31,13 +31,13 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     kind, _, index = str(device).partition(":")
     if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
         known = did_you_mean(kind, ["auto", "cpu", "cuda"])
-        raise RecipeError(f"unknown device '{device}': {known} (cuda:1 is the second GPU)")
+        raise RecipeError(f"Unknown device '{device}': {known} (cuda:1 is the second GPU).")
     if kind == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if int(index or 0) >= count:
             raise RecipeError(
-                f"device '{device}' was asked for, but PyTorch sees {count} CUDA devices here:"
-                " use another device, or 'auto'"
+                f"The device '{device}' was asked for, but PyTorch sees {count} CUDA devices here: "
+                "use another device, or 'auto'."
             )
     return torch.device(str(device))
 
@@ -53,10 +53,10 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     """
     if isinstance(dtype, torch.dtype):
         if dtype not in DTYPES.values():
-            raise RecipeError(f"a model cannot run in {dtype}: use one of {', '.join(DTYPES)}")
+            raise RecipeError(f"A model cannot run in {dtype}: use one of {', '.join(DTYPES)}.")
         return dtype
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
     if dtype not in DTYPES:
-        raise RecipeError(f"unknown dtype '{dtype}': {did_you_mean(dtype, ['auto', *DTYPES])}")
+        raise RecipeError(f"Unknown dtype '{dtype}': {did_you_mean(dtype, ['auto', *DTYPES])}.")
     return DTYPES[dtype]

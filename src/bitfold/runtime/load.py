@@ -90,8 +90,8 @@ def load_tokenizer(
         directory = find_checkpoint(model, with_code=trust_remote_code)
         if not any(found for name in VOCABULARIES for found in directory.glob(name)):
             raise CheckpointError(
-                f"{directory} has no tokenizer (neither tokenizer.json nor tokenizer.model):"
-                " copy the tokenizer files of the original model into it"
+                f"{directory} has no tokenizer (neither tokenizer.json nor tokenizer.model): "
+                "copy the tokenizer files of the original model into it."
             )
         for name in ("tokenizer.json", "tokenizer_config.json"):
             if (directory / name).exists():
@@ -109,15 +109,14 @@ def _check_report(directory: Path, report: dict[str, Any], names: Collection[str
     if mismatched := sorted(report["mismatched_keys"]):
         name, found, expected = mismatched[0]
         raise CheckpointError(
-            f"{directory}: {name} has shape {list(found)}, but config.json makes it"
-            f" {list(expected)} ({len(mismatched)} of other shapes):"
-            " weights and config.json are of different models"
+            f"{directory}: {name} has shape {list(found)}, but config.json makes it {list(expected)} "
+            f"({len(mismatched)} of other shapes): weights and config.json are of different models; "
+            "copy or download them again."
         )
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(
-            f"{directory}: no weights for {missing[0]}, which config.json asks for"
-            f" ({len(missing)} missing): the checkpoint is incomplete or config.json is of another"
-            " model"
+            f"{directory} has no weights for {missing[0]}, which config.json asks for ({len(missing)} missing): "
+            "the checkpoint is incomplete or config.json is of another model; copy or download them again."
         )
     # Leftovers of other parts (a vision tower, say) are no harm; a layer's own weights, or a layer
     # that config.json does not count, would give another function than the one that was trained.
@@ -129,8 +128,8 @@ def _check_report(directory: Path, report: dict[str, Any], names: Collection[str
     )
     if left_over:
         raise CheckpointError(
-            f"{directory}: config.json has no place for {left_over[0]}"
-            f" ({len(left_over)} left over): weights and config.json are of different models"
+            f"{directory}: config.json has no place for {left_over[0]} ({len(left_over)} left over): "
+            "weights and config.json are of different models; copy or download them again."
         )
 
 
@@ -155,8 +154,8 @@ def _cannot_load(directory: Path, error: Exception, what: str = "") -> Checkpoin
     said = str(error) if " " in str(error) else f"{type(error).__name__} {error}"
     reason = textwrap.shorten(said, width=200, placeholder=" …")
     return CheckpointError(
-        f"transformers cannot load {what}{directory}: {reason.rstrip('.')}"
-        " (is the directory complete, and are its files of one model?)"
+        f"It is not possible to load {what}{directory} ({reason.rstrip('.')}): "
+        "copy or download it again, all files of one model."
     )
 
 
