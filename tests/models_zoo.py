@@ -19,7 +19,7 @@ from transformers import (
     Qwen3Config,
 )
 
-__all__ = ["CONFIGS", "TOKENS", "Zoo", "build", "in_float64", "random_model"]
+__all__ = ["CONFIGS", "TOKENS", "Zoo", "build", "exact_norms", "in_float64", "random_model"]
 
 Zoo = Callable[[str, torch.dtype], Path]
 """The directory of a tiny random checkpoint, given a key of CONFIGS and a dtype."""
@@ -73,12 +73,17 @@ def build(family: str, dtype: torch.dtype, directory: Path) -> Path:
 
 
 def in_float64(model: PreTrainedModel) -> PreTrainedModel:
-    """The model computing in float64 throughout: transformers' RMSNorm would go through float32."""
+    """The model computing in float64 throughout."""
+    return exact_norms(model).double()
+
+
+def exact_norms(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with norms that compute in the dtype they are given: transformers' RMSNorm goes through float32."""
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             offset = 1.0 if "Gemma" in type(module).__name__ else 0.0
             module.forward = _rms_norm(module, offset)
-    return model.double()
+    return model
 
 
 def _rms_norm(module: nn.Module, offset: float) -> Callable[[Tensor], Tensor]:

@@ -69,3 +69,10 @@ def test_half_precision_is_summed_in_float32() -> None:
     assert statistics.gram.dtype == torch.float32
     assert statistics.gram.tolist() == [[1, 1], [1, 1]]
     assert statistics.absmean.tolist() == [1, 1]
+
+
+def test_float64_stays_float64() -> None:
+    statistics = InputStatistics(EVERYTHING, 8)
+    statistics.update(stream(8).double() + 1e-12)
+    kept = (statistics.gram, statistics.absmax, statistics.absmean, statistics.rows)
+    assert {value.dtype for value in kept} == {torch.float64}

@@ -7,14 +7,19 @@ from torch import Tensor
 
 from bitfold.part import Need
 
-__all__ = ["InputStatistics"]
+__all__ = ["InputStatistics", "widened"]
 
 ROWS = 2048
 
 
+def widened(x: Tensor) -> Tensor:
+    """x in float32, or in float64 where it is that: the precision of statistics, and of what is fitted to them."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 @dataclass
 class InputStatistics:
-    """Statistics of one input of width d, accumulated batch by batch in float32.
+    """Statistics of one input of width d, accumulated batch by batch in float32 (float64 where it comes in that).
 
     gram: [d, d] second moment E[xxᵀ] (kept as a sum; `gram` divides). channels: per-channel minimum, maximum,
     mean magnitude [d]. rows: up to `ROWS` input rows [n, d], evenly spaced over the stream.
@@ -31,7 +36,7 @@ class InputStatistics:
 
     def update(self, x: Tensor) -> None:
         """Add inputs [..., d]."""
-        x = x.detach().flatten(0, -2).float()
+        x = widened(x.detach().flatten(0, -2))
         start, self.count = self.count, self.count + x.shape[0]
         if "gram" in self.needs:
             product = x.T @ x
@@ -51,7 +56,7 @@ class InputStatistics:
 
     @property
     def gram(self) -> Tensor:
-        """E[xxᵀ], [d, d] float32."""
+        """E[xxᵀ], [d, d]."""
         assert self._gram is not None
         return self._gram / self.count
 
@@ -76,7 +81,7 @@ class InputStatistics:
     def absmean(self) -> Tensor:
         """Mean magnitude per channel [d]."""
         assert self._magnitude is not None
-        return (self._magnitude / self.count).float()
+        return (self._magnitude / self.count).to(self.minimum.dtype)
 
     @property
     def rows(self) -> Tensor:

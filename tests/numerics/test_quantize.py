@@ -27,7 +27,7 @@ SIGNS = [
     pytest.param({"symmetric": True}, id="symmetric"),
     pytest.param({"symmetric": True, "narrow": True}, id="narrow"),
 ]
-STORED = [None, torch.bfloat16, torch.float16]
+STORED = [None, torch.bfloat16, torch.float16, torch.float64]
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -117,7 +117,7 @@ def test_always_finite_within_the_grid_and_half_a_step(
     assert scheme.qmin <= int(codes.min())
     assert int(codes.max()) <= scheme.qmax
     if stored is not None:
-        assert torch.equal(scale.to(stored).float(), scale)
+        assert torch.equal(scale.to(stored).to(scale.dtype), scale)
     # 0 is a value of the grid, always.
     nothing = torch.zeros(1, 1)
     assert not dequantize(quantize(nothing, scale, zero, scheme), scale, zero, scheme).any()

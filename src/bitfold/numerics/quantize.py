@@ -89,7 +89,8 @@ def scale_and_zero(
     # A constant group c is exact as c = ±1 · |c|, whatever the grid's own step would have been.
     scale = torch.where(constant, value, scale)
     # What does not fit in scale_dtype (or in its own) is clipped: an infinite scale would make NaNs of all values.
-    scale = scale.clamp(max=torch.finfo(scale_dtype or scale.dtype).max)
+    largest = min(torch.finfo(dtype).max for dtype in (scale.dtype, scale_dtype or scale.dtype))
+    scale = scale.clamp(max=largest)
     if scale_dtype is not None:
         scale = scale.to(scale_dtype).to(minimum.dtype)
     # Zero (an all-zero group, or an underflow in scale_dtype) becomes the smallest scale there is.

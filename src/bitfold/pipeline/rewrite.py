@@ -15,7 +15,7 @@ from bitfold.pipeline.hooks import capturing_inputs
 from bitfold.pipeline.plan import Plan
 from bitfold.pipeline.problem import block_problem
 from bitfold.pipeline.streams import Streams, batches
-from bitfold.statistics import InputStatistics
+from bitfold.statistics import InputStatistics, widened
 from bitfold.transforms import BlockTransform, SiteTransform, fold
 from bitfold.transforms.block_transform import Clipping
 
@@ -81,11 +81,14 @@ def _fold_sites(
     result: Rewritten,
 ) -> None:
     statistics = input_statistics(skeleton, index, plan, result.weights, streams, part.needs)
+    # Fitted and folded in the statistics' precision, float32 at least, whatever the block runs in.
+    weights = {name: widened(value) for name, value in result.weights.items()}
     for site in plan.sites:
         of_input = statistics[skeleton.family.measured_at(site)]
-        transform = part.fit(site, result.weights, of_input, schemes, plan.heads)
+        transform = part.fit(site, weights, of_input, schemes, plan.heads)
         if transform is not None:
-            result.weights = fold(result.weights, transform, plan.heads, plan.storage)
+            weights = fold(weights, transform, plan.heads, plan.storage)
+    result.weights = {name: weights[name].to(value.dtype) for name, value in result.weights.items()}
 
 
 def _fold_block(
