@@ -43,7 +43,7 @@ def publish(job: Job, workdir: Workdir, probe: Probe, distance: dict[str, Any]) 
     source_config = job.skeleton.checkpoint.config
     config = source_config | plan.format.extra_config(plan.layout, source_config)
     config |= {"quantization_config": quantization}
-    usage = "\n".join(usage_lines(".", quantization["quant_method"]))
+    usage = "\n".join(usage_lines(".", quantization))
     card = model_card(job.model, report["scheme"], report["method"], report, f"```\n{usage}\n```")
 
     workdir.write_text("config.json", _json(config))

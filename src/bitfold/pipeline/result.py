@@ -1,5 +1,6 @@
 """What a run made and what it cost, read from the artifact itself."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def read_result(
             probe=report["probe"],
             layers=report["layers"],
             notes=job.notes,
-            usage=usage_lines(str(job.out), quantization["quant_method"]),
+            usage=usage_lines(str(job.out), quantization),
             finished_before=finished_before,
         )
     except (CheckpointError, KeyError, TypeError) as error:
@@ -77,20 +78,39 @@ def read_result(
         ) from error
 
 
-def usage_lines(out: str, format: str) -> tuple[str, ...]:
-    """Lines that show how to use the artifact at `out`."""
+def usage_lines(out: str, quantization: Mapping[str, Any]) -> tuple[str, ...]:
+    """Lines that show how to use the artifact at `out`, from the `quantization_config` of its config.json."""
     loading = f'AutoModelForCausalLM.from_pretrained("{out}")'
     generating = f'bitfold generate {out} --prompt "Once upon a time"'
-    if format == "compressed-tensors":
+    if quantization["quant_method"] != "compressed-tensors":
         return (
-            f"from transformers import AutoModelForCausalLM; model = {loading}",
-            f"vllm serve {out}",
+            f"import bitfold; from transformers import AutoModelForCausalLM; model = {loading}",
             generating,
         )
-    return (
-        f"import bitfold; from transformers import AutoModelForCausalLM; model = {loading}",
-        generating,
-    )
+    lines = (f"from transformers import AutoModelForCausalLM; model = {loading}", generating)
+    if not _vllm_has_kernels(quantization):
+        return lines
+    return (lines[0], f"vllm serve {out}", lines[1])
+
+
+def _vllm_has_kernels(quantization: Mapping[str, Any]) -> bool:
+    """Whether vLLM serves the scheme: 4 or 8 bit integer weights alone, or int8 weights with symmetric int8 inputs."""
+    if quantization.get("kv_cache_scheme"):
+        return False
+    for group in quantization["config_groups"].values():
+        weights, inputs = group.get("weights"), group.get("input_activations")
+        if not weights or weights["type"] != "int" or weights["strategy"] == "block":
+            return False
+        if inputs is None and weights["num_bits"] not in (4, 8):
+            return False
+        if inputs is not None and not (
+            weights["num_bits"] == inputs["num_bits"] == 8
+            and weights["symmetric"]
+            and inputs["symmetric"]
+            and inputs["strategy"] in ("token", "tensor")
+        ):
+            return False
+    return True
 
 
 def _original_bytes(job: Job) -> int:
