@@ -5,6 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# Threads that wait for each other sleep instead of spinning: on cores that others use too, spinning costs more time than
+# the second thread saves (docs/performance.md).
+export OMP_WAIT_POLICY ?= passive
+
 .PHONY: setup demo test lint clean
 setup: $(STAMP)
 

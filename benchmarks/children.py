@@ -17,8 +17,10 @@ __all__ = ["bitfold_json", "fix_environment", "machine", "source_version"]
 
 
 def fix_environment(threads: int) -> None:
-    """Start this process again with `threads` threads and jemalloc (if found); its children inherit both."""
-    wanted = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    """Start this process again with `threads` threads that sleep when they wait, and jemalloc (if found); its children
+    inherit all of it."""
+    wanted = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
+    wanted["TOKENIZERS_PARALLELISM"] = "false"
     jemalloc = ctypes.util.find_library("jemalloc")
     if jemalloc and "LD_PRELOAD" not in os.environ:
         wanted |= {"LD_PRELOAD": jemalloc, "MALLOC_CONF": "dirty_decay_ms:-1,muzzy_decay_ms:-1"}
