@@ -89,11 +89,12 @@ def _quantize(path: Path, method: str, scheme: str) -> dict[str, Any]:
     done = subprocess.run(
         [*command, "--overwrite", "--json"], capture_output=True, text=True, check=False
     )
-    if done.returncode:
-        raise BitfoldError(
-            done.stderr.strip().removeprefix("Error: ") or f"{' '.join(command)} failed."
-        )
-    made: dict[str, Any] = json.loads(done.stdout)
+    try:
+        made: dict[str, Any] = json.loads(done.stdout)
+    except json.JSONDecodeError as error:
+        raise BitfoldError(f"`{' '.join(command)}` failed: run it to see why.") from error
+    if "error" in made:
+        raise BitfoldError(made["error"])
     return made
 
 

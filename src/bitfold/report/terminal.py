@@ -76,27 +76,27 @@ def table(
 
 
 def evaluation_table(figures: Mapping[str, Mapping[str, Any]]) -> Table:
-    """What `evaluate` found, a row per text."""
-    compared = any("kl_mean" in row for row in figures.values())
-    columns = ["text", "perplexity", "±", "tokens", "windows", "length"]
-    columns += ["KL mean", "±", "KL median", "KL p99", "top-1 agreement"] if compared else []
-    rows = []
-    for name, row in figures.items():
-        cells = [
-            name,
-            _number(row["perplexity"], ".3f"),
-            _number(row["perplexity_se"], ".3f"),
-            f"{row['tokens']:,}",
-            str(row["windows"]),
-            str(row["sequence_length"]),
+    """What `evaluate` found, a column per text."""
+    rows = [
+        ("perplexity", lambda row: _with_error(row["perplexity"], row["perplexity_se"], ".3f")),
+        ("tokens", lambda row: f"{row['tokens']:,}"),
+        ("windows", lambda row: f"{row['windows']} of {row['sequence_length']} tokens"),
+    ]
+    if any("kl_mean" in row for row in figures.values()):
+        rows += [
+            (
+                "KL to the original, mean",
+                lambda row: _with_error(row["kl_mean"], row["kl_se"], ".5f"),
+            ),
+            ("KL, median", lambda row: _number(row["kl_median"], ".5f")),
+            ("KL, 99th percentile", lambda row: _number(row["kl_p99"], ".5f")),
+            (
+                "top-1 agreement",
+                lambda row: _with_error(row["top1_agreement"], row["top1_se"], ".2%"),
+            ),
         ]
-        if compared:
-            cells += [
-                _number(row[key], ".5f") for key in ("kl_mean", "kl_se", "kl_median", "kl_p99")
-            ]
-            cells.append(_number(row["top1_agreement"], ".1%"))
-        rows.append(cells)
-    return table(columns, rows)
+    cells = [[name, *(say(row) for row in figures.values())] for name, say in rows]
+    return table(["", *figures], cells)
 
 
 def layer_table(layers: Sequence[Mapping[str, Any]]) -> Table:
@@ -162,6 +162,10 @@ def description_tables(content: Mapping[str, Any]) -> list[Table]:
 
 def _names(value: Any) -> str:
     return ", ".join(value) if isinstance(value, (tuple, list)) else str(value)
+
+
+def _with_error(value: float | None, error: float | None, form: str) -> str:
+    return _number(value, form) + (f" ± {error:{form}}" if error is not None else "")
 
 
 def _number(value: float | None, form: str) -> str:
