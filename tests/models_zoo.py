@@ -1,6 +1,7 @@
 """Tiny random models of every family: logits far from uniform, gains and biases far from those of a fresh model."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,8 @@ CONFIGS: dict[str, PretrainedConfig] = {
 def random_model(family: str, dtype: torch.dtype) -> PreTrainedModel:
     """Weights of 0.15, and gains and biases that are 0.3 away from those of a fresh model."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family])
+    # A copy: the model writes its dtype into its config, and the next one would be made in that.
+    model = AutoModelForCausalLM.from_config(deepcopy(CONFIGS[family]), dtype=torch.float32)
     for parameter in model.parameters():
         if parameter.ndim == 2:
             parameter.data = torch.randn_like(parameter) * 0.15
