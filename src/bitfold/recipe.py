@@ -17,6 +17,7 @@ from pydantic import (
     Field,
     PlainSerializer,
     ValidationError,
+    model_validator,
 )
 
 from bitfold.errors import RecipeError, did_you_mean
@@ -118,6 +119,14 @@ class Recipe(BaseModel):
     rounding: RoundingPart = Nearest()
     stream: Literal["original", "quantized"] = "quantized"
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.activation_range.needs:
+            raise ValueError(
+                "the activation_range is chosen by what only weights have: choose minmax, percentile, mse or kl"
+            )
+        return self
 
     @classmethod
     def make(

@@ -84,6 +84,16 @@ class Scheme(BaseModel):
     key: TensorScheme | None = None
     value: TensorScheme | None = None
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.weight is not None and self.weight.static:
+            raise ValueError("static is for activations, and a weight's scale never changes")
+        for name in ("query", "key", "value"):
+            part: TensorScheme | None = getattr(self, name)
+            if part is not None and part.granularity == "channel":
+                raise ValueError(f"the {name} has no scale per channel: set granularity=token")
+        return self
+
     @classmethod
     def parse(cls, notation: str) -> Self:
         """Read `w<bits>a<bits>[q<bits>][kv<bits>][g<group>]`; 16 leaves a tensor alone.

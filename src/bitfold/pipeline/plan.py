@@ -11,7 +11,7 @@ from bitfold.export import Choice, Format, Layout, choose_format
 from bitfold.export.layout import AttentionEntry, LayerEntry
 from bitfold.models.family import Site, head_counts
 from bitfold.models.skeleton import Skeleton
-from bitfold.numerics import Scheme
+from bitfold.numerics import Scheme, TensorScheme
 from bitfold.recipe import Recipe
 from bitfold.transforms import Heads
 
@@ -65,7 +65,7 @@ def make_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
     if head is not None:
         schemes[HEAD], names[HEAD] = head, _in_features(skeleton.model, HEAD)
     for name, scheme in schemes.items():
-        _check_groups(name, names[name], scheme)
+        _check_layer(name, names[name], scheme, recipe)
     attention = _attention_schemes(skeleton, schemes)
     if all(scheme == Scheme() for scheme in [*schemes.values(), *attention.values()]):
         raise RecipeError(
@@ -118,14 +118,31 @@ def _check_patterns(recipe: Recipe, names: list[str]) -> None:
         )
 
 
-def _check_groups(name: str, inputs: int, scheme: Scheme) -> None:
-    group = scheme.weight.group_size if scheme.weight else None
-    if group and inputs % group:
-        fitting = [g for g in (32, 64, 128, 16) if inputs % g == 0]
-        remedy = f"use a divisor such as g{max(fitting)}" if fitting else "leave g out"
+def _check_layer(name: str, inputs: int, scheme: Scheme, recipe: Recipe) -> None:
+    """Groups that do not divide the inputs, and a range that cannot be had of such a weight."""
+    _check_group("Group size", scheme.weight, f"the {inputs} inputs of {name}", inputs)
+    _check_group(
+        "The activation's group size", scheme.activation, f"the {inputs} inputs of {name}", inputs
+    )
+    weight = scheme.weight
+    if (
+        weight is not None
+        and weight.granularity == "tensor"
+        and "gram" in recipe.weight_range.needs
+    ):
         raise RecipeError(
-            f"Group size {group} does not divide the {inputs} inputs of {name}: {remedy}, "
-            "or give that layer its own scheme."
+            f"The weight range of {recipe.method} is chosen by the error on the outputs, row by row, and the weight of "
+            f"{name} has one scale for all: choose another weight_range, such as mse, or weight.granularity=channel."
+        )
+
+
+def _check_group(what: str, part: TensorScheme | None, where: str, size: int) -> None:
+    group = part.group_size if part else None
+    if group and size % group:
+        fitting = [g for g in (128, 64, 32, 16, 8, 4, 2) if size % g == 0]
+        remedy = f"use a divisor such as g{fitting[0]}" if fitting else "leave the group out"
+        raise RecipeError(
+            f"{what} {group} does not divide {where}: {remedy}, or give that layer its own scheme."
         )
 
 
@@ -153,6 +170,7 @@ def _attention_schemes(skeleton: Skeleton, schemes: Mapping[str, Scheme]) -> dic
     """q, k and v are quantized in the attention, so its projections must agree on them."""
     result: dict[str, Scheme] = {}
     family = skeleton.family
+    head_dim = head_counts(skeleton.config)[2]
     for index in range(len(skeleton.blocks)):
         name = f"{skeleton.block_name(index)}.{family.attention}"
         parts = [
@@ -168,6 +186,13 @@ def _attention_schemes(skeleton: Skeleton, schemes: Mapping[str, Scheme]) -> dic
                 "give them one."
             )
         result[name] = wanted[0] if wanted else Scheme()
+        for tensor in ("query", "key", "value"):
+            _check_group(
+                f"The {tensor}'s group size",
+                getattr(result[name], tensor),
+                f"the {head_dim} dimensions of a head of {name}",
+                head_dim,
+            )
     return result
 
 
