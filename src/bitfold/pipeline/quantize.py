@@ -136,10 +136,12 @@ def _run(job: Job, workdir: Workdir, resume: bool, report: Progress) -> int:
         workdir.write_tensors(name, tensors)
         check_shard(workdir.path / name, skeleton, index, plan, block)
         workdir.finish_block(_block_entry(job, index, block, name, tensors), streams.save)
-    outer = outer_weights(plan, outer_tensors(skeleton, plan), dtype)
-    logits = skeleton.head(outer, streams.probe_quantized.to(skeleton.device))
-    outer = skeleton.load_outer(dtype)
-    original = skeleton.head(outer, streams.probe_original.to(skeleton.device))
+    # Embeddings and head are the largest tensors of many models: no name keeps them while others are read.
+    logits = skeleton.head(
+        outer_weights(plan, outer_tensors(skeleton, plan), dtype),
+        streams.probe_quantized.to(skeleton.device),
+    )
+    original = skeleton.head(skeleton.load_outer(dtype), streams.probe_original.to(skeleton.device))
     _refuse_nonfinite(original, "the original model", job)
     _refuse_nonfinite(logits, "the quantized model", job)
     verify_blocks(
