@@ -12,7 +12,8 @@ export OMP_WAIT_POLICY ?= passive
 .PHONY: setup demo test lint clean
 setup: $(STAMP)
 
-# pip would pull gigabytes of CUDA for an unpinned torch: everything goes through constraints.txt.
+# On Linux PyPI's torch brings gigabytes of CUDA. For the CPU alone:
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
