@@ -29,6 +29,15 @@ def test_packing(bits: int, rows: int, columns: int, seed: int) -> None:
     assert torch.equal(back, codes)
 
 
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_a_large_weight(bits: int) -> None:
+    """It is worked on in pieces."""
+    codes = random_codes(bits, 9, 65_537, seed=2)
+    words = pack(codes, bits)
+    assert torch.equal(words, pack_to_int32(codes, bits))
+    assert torch.equal(unpack(words, bits, 65_537), codes)
+
+
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_the_layout(bits: int) -> None:
     """Code i is bits [i·b, (i+1)·b) of one long number, least significant first."""

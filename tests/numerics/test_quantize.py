@@ -179,6 +179,16 @@ def test_fp8_is_the_nearest_float8() -> None:
     assert torch.allclose(error, distance, atol=1e-12)
 
 
+@pytest.mark.parametrize(("grid", "bits"), [("fp8_e4m3", 8), ("nf4", 4)])
+def test_what_lies_outside_goes_to_the_end(grid: str, bits: int) -> None:
+    """float8 has no infinity: what is too large would be NaN."""
+    scheme = TensorScheme(grid=grid, bits=bits)
+    groups = torch.tensor([[-50.0, -1.0, 0.5, 1.0, 1e6]])
+    scale, _ = scale_and_zero(torch.tensor([[-1.0]]), torch.tensor([[1.0]]), scheme)
+    found = fake_quantize(groups, scale, None, scheme)
+    assert found[0, [0, 1, 3, 4]].tolist() == pytest.approx([-1, -1, 1, 1])
+
+
 def test_nf4_levels_are_quantiles_of_the_normal_distribution() -> None:
     """QLoRA, appendix E: 8 quantiles below and 9 above zero, which they share, scaled to [−1, 1]."""
     end = (1 - 1 / 32 + 1 - 1 / 30) / 2
