@@ -1,13 +1,17 @@
-"""What all tests share: one thread, since pytest runs one process a core; and tiny checkpoints, each built once."""
+"""What all tests share: one thread, since pytest runs one process a core; hypothesis; tiny checkpoints, built once."""
 
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from models_zoo import Zoo, build
 
 torch.set_num_threads(1)
+# The same examples every time: a test that fails, fails for everybody.
+settings.register_profile("bitfold", derandomize=True, deadline=None)
+settings.load_profile("bitfold")
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ def random_codes(bits: int, rows: int, columns: int, seed: int) -> Tensor:
 
 
 @given(st.integers(2, 8), st.integers(1, 5), st.integers(1, 131), st.integers(0, 999))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_packing(bits: int, rows: int, columns: int, seed: int) -> None:
     codes = random_codes(bits, rows, columns, seed)
     words = pack(codes, bits)
