@@ -226,9 +226,6 @@ def test_awq_counts_only_readers_that_are_quantized() -> None:
     assert torch.equal(both.scale, alone.scale)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=RuntimeError, reason="the shares are taken over the flat tensor"
-)
 def test_awq_with_one_scale_per_tensor() -> None:
     scheme = Scheme(weight=TensorScheme(bits=4, symmetric=False, granularity="tensor"))
     assert len(fit(Awq(steps=4), "norm", scheme)) == WIDTH

@@ -72,9 +72,10 @@ def _weight_share(
     scheme = next(
         s.weight for s in (schemes[reader] for reader in site.readers) if s.weight is not None
     )
-    groups = to_groups(reader_weights(weights, site).abs(), scheme)
+    stacked = reader_weights(weights, site).abs()
+    groups = to_groups(stacked, scheme)
     relative = groups / groups.amax(dim=-1, keepdim=True).clamp(min=1e-12)
-    return relative.reshape(-1, relative.shape[-1] * relative.shape[-2]).mean(dim=0)
+    return relative.reshape(stacked.shape).mean(dim=0)
 
 
 def _output_error(

@@ -318,7 +318,7 @@ def _fold_norm(
     stored = (gain + site.offset) / scale - site.offset
     if storage is not None:
         # The gain is rounded first, and the readers take what is left: γ/γ' instead of s.
-        stored = stored.to(storage).to(gain.dtype)
+        stored = _stored_gain(stored, site.offset, storage)
         exact = (gain + site.offset) / (stored + site.offset)
         # A channel whose gain is zero (before or after rounding) carries nothing: any scale serves.
         scale = torch.where(torch.isfinite(exact) & (exact != 0), exact, scale)
@@ -334,6 +334,14 @@ def _fold_norm(
             folded[f"{reader}.bias"] = _bias(weights, reader) + weight @ shift
         folded[f"{reader}.weight"] = weight * scale
     return folded
+
+
+def _stored_gain(stored: Tensor, offset: float, storage: torch.dtype) -> Tensor:
+    """A norm's gain rounded to what can be stored, but not to one that would lose its channel (Gemma's −1)."""
+    rounded = stored.to(storage).to(stored.dtype)
+    lost = (rounded + offset == 0) & (stored + offset != 0)
+    nearest = -offset * (1 - torch.finfo(storage).eps / 2) if offset else torch.finfo(storage).tiny
+    return torch.where(lost, torch.full_like(rounded, nearest), rounded)
 
 
 def _fold_value_output(
