@@ -216,14 +216,15 @@ def test_awq_finds_the_best_scale(bits: int, group: int, weight_aware: bool, kin
     assert any(scale == pytest.approx(candidate, rel=1e-5) for candidate in candidates)
 
 
-def test_awq_counts_only_readers_that_are_quantized() -> None:
+@pytest.mark.parametrize(("counted", "left_alone"), [("q", "k"), ("k", "q")])
+def test_awq_counts_only_readers_that_are_quantized(counted: str, left_alone: str) -> None:
     """A reader left alone has no error: the scale is that of the other one."""
-    site = NormSite("norm", ("q", "k"))
-    scheme = Scheme.parse("w3a16g32")
     part = Awq(steps=4, weight_aware=False)
-    both = part.fit(site, weights(), statistics(), {"q": scheme, "k": Scheme()}, HEADS)
-    alone = part.fit(NormSite("norm", ("q",)), weights(), statistics(), {"q": scheme}, HEADS)
+    schemes = {counted: Scheme.parse("w3a16g32"), left_alone: Scheme()}
+    both = part.fit(NormSite("norm", ("q", "k")), weights(), statistics(), schemes, HEADS)
+    alone = part.fit(NormSite("norm", (counted,)), weights(), statistics(), schemes, HEADS)
     assert torch.equal(both.scale, alone.scale)
+    assert not torch.equal(both.scale, torch.ones_like(both.scale))
 
 
 def test_awq_with_one_scale_per_tensor() -> None:
