@@ -7,6 +7,7 @@ from torch import Tensor
 
 from bitfold.errors import OutputError
 from bitfold.export.artifact import companion_files
+from bitfold.export.layout import WeightFormat
 from bitfold.models.checkpoint import tensor_bytes
 from bitfold.numerics import QuantizedTensor, TensorScheme, to_groups
 from bitfold.pipeline.job import Job
@@ -16,23 +17,29 @@ from bitfold.pipeline.workdir import Workdir, existing_parent
 __all__ = ["artifact_bytes", "check_disk", "working_bytes"]
 
 # What index, checksums and headers say of a tensor, and the report of a layer; card, recipe and provenance.
-_TEXT_OF_A_TENSOR = 420
-_TEXT = 8_000
+_TEXT_OF_A_TENSOR = 320
+_TEXT = 4_000
 
 
 def artifact_bytes(job: Job) -> int:
     """Bytes of all files of the artifact."""
     weights = 0
     tensors = 0
+    # Layers of one shape, scheme and format take the same, and most are.
+    known: dict[tuple[object, ...], tuple[int, int]] = {}
     for name, source in job.skeleton.sources.items():
         layer = name.removesuffix(".weight")
         info = job.skeleton.checkpoint.tensors[source]
         scheme = job.plan.schemes[layer].weight if layer in job.plan.schemes else None
         if scheme is None or layer == name:
             weights, tensors = weights + info.nbytes, tensors + 1
-        else:
-            stored = _quantized(job, layer, info.shape, scheme)
-            weights, tensors = weights + tensor_bytes(stored), tensors + len(stored)
+            continue
+        form = job.plan.choice.formats[layer]
+        key = (info.shape, scheme, form)
+        if key not in known:
+            stored = _quantized(job, info.shape, scheme, form)
+            known[key] = tensor_bytes(stored), len(stored)
+        weights, tensors = weights + known[key][0], tensors + known[key][1]
     companions = sum(file.stat().st_size for file in companion_files(job.source))
     windows, length = job.probe.shape
     probe = probe_bytes(windows, length, job.skeleton.config.vocab_size)
@@ -61,11 +68,10 @@ def check_disk(job: Job) -> None:
 
 
 def _quantized(
-    job: Job, layer: str, shape: tuple[int, ...], scheme: TensorScheme
+    job: Job, shape: tuple[int, ...], scheme: TensorScheme, form: WeightFormat
 ) -> dict[str, Tensor]:
-    """The tensors that the format makes of a layer's weight [out, in], without their contents."""
+    """The tensors that the format makes of a weight [out, in], without their contents."""
     weight = torch.empty(shape, device="meta")
-    groups = to_groups(weight, scheme)
-    limits = torch.aminmax(groups, dim=-1, keepdim=True)
+    limits = torch.aminmax(to_groups(weight, scheme), dim=-1, keepdim=True)
     tensor = QuantizedTensor.from_limits(weight, *limits, scheme, job.plan.storage)
-    return job.plan.format.to_tensors(layer, tensor, job.plan.choice.formats[layer])
+    return job.plan.format.to_tensors("", tensor, form)

@@ -1,18 +1,23 @@
-"""What a run would take: disk from the schemes, time and memory from a trial on the first block."""
+"""What a run would take: disk from the formats, time and memory from trials on the first block."""
 
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from bitfold.evaluate.memory import peak_rss_mb
-from bitfold.pipeline.block import quantize_block, run_quantized
+from bitfold.export.artifact import tensor_sums
+from bitfold.pipeline.block import run_quantized
 from bitfold.pipeline.disk import artifact_bytes, working_bytes
 from bitfold.pipeline.job import Job
-from bitfold.pipeline.streams import Streams, advance
+from bitfold.pipeline.shards import block_from_tensors, block_tensors
+from bitfold.pipeline.step import step
+from bitfold.pipeline.streams import Streams
+from bitfold.statistics import ROWS
 
 __all__ = ["Estimate", "estimate"]
 
-TRIAL_WINDOWS = (1, 4)
+# What reading, hashing and writing files of the page cache take together, beside all else.
+BYTES_PER_SECOND = 3e8
 
 
 @dataclass(frozen=True)
@@ -28,22 +33,30 @@ class Estimate:
     format: str
 
     def to_json(self) -> dict[str, Any]:
+        """Plain data."""
         return asdict(self)
 
 
-def estimate(job: Job) -> Estimate:
-    """Quantize the first block with few windows, twice, and extend the line through both times."""
-    blocks = len(job.skeleton.blocks)
+def estimate(job: Job, start: float) -> Estimate:
+    """Take the first block through all that the loop does, with few windows and with twice as many, and extend the
+    line through both times. start: when preparing began, on the clock of `time.perf_counter`."""
     streams = job.start_streams()
-    windows = 0 if streams.quantized is None else streams.quantized.shape[0]
-    trials = [min(count, windows) for count in TRIAL_WINDOWS]
-    _trial(job, streams, trials[0])  # the first one also pays for what is made once
-    seconds = [_trial(job, streams, count) for count in trials]
-    slope = (seconds[1] - seconds[0]) / max(1, trials[1] - trials[0])
-    per_block = seconds[0] + max(0.0, slope) * max(0, windows - trials[0])
+    prepared = time.perf_counter()
+    windows, length = (0, 1) if job.stream_tokens is None else job.stream_tokens.shape
+    # Solvers look at no more than ROWS inputs: only beyond as many tokens does time grow evenly.
+    few = min(windows, -(-ROWS // length))
+    more = min(windows, 2 * few)
+    cold, short, long = (_trial(job, streams, count) for count in (few, few, more))
+    slope = max(0.0, long - short) / max(1, more - few)
+    per_block = short + slope * (windows - few)
+    blocks = len(job.skeleton.blocks)
     size = artifact_bytes(job)
     return Estimate(
-        seconds=per_block * blocks + job.skeleton.checkpoint.nbytes / 1e9,
+        # The first block also pays for what is made once.
+        seconds=(prepared - start)
+        + max(0.0, cold - short)
+        + per_block * blocks
+        + (job.skeleton.checkpoint.nbytes + size) / BYTES_PER_SECOND,
         peak_rss_mb=peak_rss_mb(),
         size_bytes=size,
         disk_bytes=size + working_bytes(job),
@@ -54,16 +67,18 @@ def estimate(job: Job) -> Estimate:
 
 
 def _trial(job: Job, streams: Streams, windows: int) -> float:
-    """Seconds that the first block takes with so many windows."""
+    """Seconds that the first block takes with so many windows, reading it back and verifying it included."""
     few = Streams(
-        streams.probe_original,
+        streams.probe_original.clone(),
         streams.probe_quantized.clone(),
         None if streams.original is None else streams.original[:windows].clone(),
         None if streams.quantized is None else streams.quantized[:windows].clone(),
     )
     start = time.perf_counter()
-    block = quantize_block(job.skeleton, 0, job.plan, few, job.dtype)
-    if few.quantized is not None:
-        run = run_quantized(job.skeleton, 0, block, job.dtype)
-        advance(few.quantized, run, job.skeleton.device)
+    block = step(job, 0, few)
+    tensors = block_tensors(job.skeleton, 0, job.plan, block)
+    tensor_sums(tensors)
+    block_from_tensors(job.skeleton, 0, job.plan, tensors)
+    again = block_from_tensors(job.skeleton, 0, job.plan, tensors)
+    run_quantized(job.skeleton, 0, again, job.dtype)(few.probe_quantized.to(job.skeleton.device))
     return time.perf_counter() - start

@@ -80,8 +80,9 @@ def _spread(extent: int, count: int) -> Tensor:
 
 def probe_bytes(windows: int, length: int, vocabulary: int) -> int:
     """About the size of the file that `Probe.save` writes."""
-    logits = windows * min(length, _POSITIONS) * min(vocabulary, _VOCABULARY)
-    return 4 * logits + 8 * (windows * length + _VOCABULARY) + 1500
+    kept = min(vocabulary, _VOCABULARY)
+    logits = windows * min(length, _POSITIONS) * kept
+    return 4 * logits + 8 * (windows * length + kept) + 1500
 
 
 def probe_report(tokens: Tensor, logits: Tensor, original: Tensor) -> dict[str, Any]:

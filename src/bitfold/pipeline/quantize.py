@@ -10,10 +10,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bitfold.errors import BitfoldError, CheckpointError, OutputError, RecipeError
+from bitfold.errors import BitfoldError, OutputError, RecipeError
 from bitfold.export.artifact import shard_name, tensor_sums
 from bitfold.models.checkpoint import tensor_bytes
-from bitfold.pipeline.block import QuantizedBlock, quantize_block, run_quantized
+from bitfold.pipeline.block import QuantizedBlock
 from bitfold.pipeline.disk import check_disk
 from bitfold.pipeline.estimate import Estimate, estimate
 from bitfold.pipeline.job import Job, prepare
@@ -22,7 +22,8 @@ from bitfold.pipeline.probe import Probe, probe_report
 from bitfold.pipeline.publish import publish
 from bitfold.pipeline.result import Quantization, read_result
 from bitfold.pipeline.shards import block_tensors, check_shard
-from bitfold.pipeline.streams import Streams, advance
+from bitfold.pipeline.step import refuse_nonfinite, step
+from bitfold.pipeline.streams import Streams
 from bitfold.pipeline.verify import verify_blocks
 from bitfold.pipeline.workdir import Workdir, finished_request, refuse_foreign
 from bitfold.recipe import Recipe
@@ -93,7 +94,7 @@ def quantize(
         )
     if dry_run:
         with torch.no_grad():
-            return estimate(job)
+            return estimate(job, start)
     workdir = Workdir(out)
     if finished and not overwrite:
         workdir.tidy()
@@ -128,9 +129,7 @@ def _run(job: Job, workdir: Workdir, resume: bool, report: Progress) -> int:
     for index in range(resumed, count):
         here = f"block {index + 1} of {count}"
         report(index, count, here)
-        within = _within(report, index, count, here)
-        block = quantize_block(skeleton, index, plan, streams, dtype, within)
-        _advance_streams(job, index, block, streams)
+        block = step(job, index, streams, _within(report, index, count, here))
         name = shard_name(index + 1, count + 1)
         tensors = block_tensors(skeleton, index, plan, block)
         workdir.write_tensors(name, tensors)
@@ -142,8 +141,8 @@ def _run(job: Job, workdir: Workdir, resume: bool, report: Progress) -> int:
         streams.probe_quantized.to(skeleton.device),
     )
     original = skeleton.head(skeleton.load_outer(dtype), streams.probe_original.to(skeleton.device))
-    _refuse_nonfinite(original, "the original model", job)
-    _refuse_nonfinite(logits, "the quantized model", job)
+    refuse_nonfinite(original, "the original model", job)
+    refuse_nonfinite(logits, "the quantized model", job)
     verify_blocks(
         job,
         workdir.path,
@@ -176,34 +175,6 @@ def _within(report: Progress, index: int, count: int, here: str) -> Callable[[in
         report(index + done / total, count, f"{here}, {what}")
 
     return inner
-
-
-def _advance_streams(job: Job, index: int, block: QuantizedBlock, streams: Streams) -> None:
-    skeleton = job.skeleton
-    run = run_quantized(skeleton, index, block, job.dtype)
-    original = skeleton.load_block(index, job.dtype)
-
-    def run_original(hidden: Tensor) -> Tensor:
-        return skeleton.run(index, original, hidden)
-
-    advance(streams.probe_quantized, run, skeleton.device)
-    advance(streams.probe_original, run_original, skeleton.device)
-    if streams.quantized is not None:
-        advance(streams.quantized, run, skeleton.device)
-    if streams.original is not None:
-        advance(streams.original, run_original, skeleton.device)
-    name = skeleton.block_name(index)
-    _refuse_nonfinite(streams.probe_original, f"{name} of the original model", job)
-    _refuse_nonfinite(streams.probe_quantized, f"{name} of the quantized model", job)
-
-
-def _refuse_nonfinite(values: Tensor, what: str, job: Job) -> None:
-    if not torch.isfinite(values).all():
-        dtype = str(job.dtype).removeprefix("torch.")
-        raise CheckpointError(
-            f"The output of {what} ({job.model}) is not finite in {dtype}: "
-            f"choose a wider --dtype{' or more bits' if 'quantized' in what else ''}."
-        )
 
 
 def _block_entry(
