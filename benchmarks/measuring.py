@@ -1,0 +1,154 @@
+"""What the tables of quality share: artifacts made in a process of their own, their figures, and rows that outlive a
+killed command."""
+
+import json
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from children import bitfold_json, machine, source_version
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+__all__ = [
+    "Measure",
+    "Row",
+    "Rows",
+    "command_line",
+    "quantize_and_measure",
+    "spec",
+    "write_results",
+]
+
+Row = dict[str, Any]
+
+_KEPT = (
+    "bits_per_weight",
+    "size_bytes",
+    "seconds",
+    "process_seconds",
+    "process_cpu_seconds",
+    "peak_rss_mb",
+    "format",
+    "notes",
+)
+
+
+class Rows:
+    """Finished rows in a file of JSON lines: the same command goes on where it was stopped."""
+
+    def __init__(self, file: Path, identity: Sequence[str]) -> None:
+        """identity: the keys of a row that say what it is of."""
+        self._file, self._identity = file, identity
+        lines = file.read_text().splitlines() if file.is_file() else []
+        self._known = {self._key(row): row for row in map(json.loads, lines)}
+
+    def get(self, of: Row, make: Callable[[], Row], label: str) -> Row:
+        """The row of `of`, which has the keys of the identity; made, and kept at once, unless it is there."""
+        key = self._key(of)
+        if key not in self._known:
+            start = time.perf_counter()
+            row = of | {"bitfold": source_version(), "machine": machine()} | make()
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with self._file.open("a") as stream:
+                stream.write(json.dumps(row) + "\n")
+            self._known[key] = row
+            seconds = time.perf_counter() - start
+            print(f"{label}: {seconds:.0f} s", file=sys.stderr, flush=True)
+        return self._known[key]
+
+    def _key(self, row: Row) -> str:
+        return json.dumps([row.get(name) for name in self._identity], sort_keys=True)
+
+
+class Measure:
+    """Evaluates models on texts, by name, against an original that is loaded once, when it is first needed."""
+
+    def __init__(
+        self,
+        original: Path,
+        texts: Mapping[str, str | Path],
+        windows: Mapping[str, int],
+        length: int,
+    ) -> None:
+        """windows: only the first so many of a text's. length: tokens of a window."""
+        self.path, self.texts, self.windows, self.length = original, texts, windows, length
+
+    @cached_property
+    def original(self) -> "PreTrainedModel":
+        import bitfold
+
+        return remembering(bitfold.load(self.path))
+
+    def __call__(self, model: Path, *, compare: bool) -> dict[str, Any]:
+        """The figures of every text, by its name."""
+        import bitfold
+
+        return {
+            name: bitfold.evaluate(
+                model,
+                file,
+                sequence_length=self.length,
+                windows=self.windows.get(name),
+                against=self.original if compare else None,
+            ).to_json()
+            for name, file in self.texts.items()
+        }
+
+
+def remembering(model: "PreTrainedModel") -> "PreTrainedModel":
+    """The model, which keeps the logits of every batch it is given: it is asked for the same ones row after row."""
+    compute, known = model.forward, {}
+
+    def forward(input_ids: "Tensor", **options: Any) -> Any:
+        key = input_ids.numpy().tobytes()
+        if key not in known:
+            known[key] = compute(input_ids=input_ids, **options)
+        return known[key]
+
+    model.forward = forward
+    return model
+
+
+def quantize_and_measure(
+    measure: Measure,
+    arguments: Sequence[str | Path],
+    look: Callable[[Path], Row] = lambda artifact: {},
+) -> Row:
+    """What `bitfold quantize` with these arguments makes of the original, what that costs and is worth.
+
+    look: adds what is read in the artifact, which is removed afterwards.
+    """
+    with tempfile.TemporaryDirectory(prefix="bitfold-measuring-") as directory:
+        out = Path(directory) / "artifact"
+        made = bitfold_json("quantize", measure.path, "-o", out, *arguments)
+        row = {key: made[key] for key in _KEPT} | look(out)
+        row["texts"] = measure(out, compare=True)
+        shutil.rmtree(out)
+    return row
+
+
+def spec(text: str) -> tuple[str, list[str]]:
+    """`awq:awq.steps=10,awq.weight_aware=false` as a name and its `--set` arguments."""
+    name, _, items = text.partition(":")
+    return name, [part for item in items.split(",") if item for part in ("--set", item)]
+
+
+def command_line() -> str:
+    """The command that runs, as a person would type it."""
+    return "python " + shlex.join(sys.argv)
+
+
+def write_results(out: Path, content: Row, page: str) -> None:
+    """OUT.json and OUT.md."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
+    out.with_suffix(".md").write_text(page)
