@@ -1,5 +1,6 @@
 """What the benchmarks share: one environment for this process and its children, and bitfold as a subprocess."""
 
+import argparse
 import ctypes.util
 import json
 import os
@@ -13,7 +14,14 @@ from typing import Any
 
 import bitfold
 
-__all__ = ["bitfold_json", "fix_environment", "machine", "source_version"]
+__all__ = ["bitfold_json", "examples", "fix_environment", "machine", "source_version"]
+
+
+def examples(doc: str | None) -> dict[str, Any]:
+    """Arguments of an ArgumentParser whose help begins with a module's first line and ends with the rest of it."""
+    first, _, rest = (doc or "").partition("\n\n")
+    layout = argparse.RawDescriptionHelpFormatter
+    return {"description": first, "epilog": rest, "formatter_class": layout}
 
 
 def fix_environment(threads: int) -> None:

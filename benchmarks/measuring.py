@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +20,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = [
+    "Asked",
     "Measure",
     "Row",
     "Rows",
     "command_line",
     "quantize_and_measure",
-    "spec",
     "write_results",
 ]
 
@@ -40,6 +41,39 @@ _KEPT = (
     "format",
     "notes",
 )
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What `bitfold quantize` is asked for, as its --method, --scheme and --set say it."""
+
+    method: str
+    scheme: str
+    set: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, method: str, scheme: str, *set: str) -> "Asked":
+        """Either may bring its own settings.
+
+        >>> Asked.parse("awq:awq.steps=10,awq.weight_aware=false", "w8a8:activation.static=true").set
+        ('activation.static=true', 'awq.steps=10', 'awq.weight_aware=false')
+        """
+        name, _, of_method = method.partition(":")
+        notation, _, of_scheme = scheme.partition(":")
+        own = f"{of_scheme},{of_method}".split(",")
+        return cls(name, notation, (*filter(None, own), *set))
+
+    @property
+    def arguments(self) -> list[str]:
+        """For the command line."""
+        pairs = [part for item in self.set for part in ("--set", item)]
+        return ["--method", self.method, "--scheme", self.scheme, *pairs]
+
+    def recipe(self) -> Row:
+        """The recipe in full: it changes with the defaults."""
+        from bitfold import Recipe
+
+        return Recipe.make(self.method, self.scheme, set=self.set).model_dump(mode="json")
 
 
 class Rows:
@@ -134,12 +168,6 @@ def quantize_and_measure(
         row["texts"] = measure(out, compare=True)
         shutil.rmtree(out)
     return row
-
-
-def spec(text: str) -> tuple[str, list[str]]:
-    """`awq:awq.steps=10,awq.weight_aware=false` as a name and its `--set` arguments."""
-    name, _, items = text.partition(":")
-    return name, [part for item in items.split(",") if item for part in ("--set", item)]
 
 
 def command_line() -> str:

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from children import fix_environment
-from measuring import Measure, Row, Rows, command_line, quantize_and_measure, spec, write_results
+from measuring import Asked, Measure, Row, Rows, command_line, quantize_and_measure, write_results
 
 ORIGINAL = "original"
 # What a row is of.
@@ -88,11 +88,8 @@ def measured(measure: Measure, scheme: str, method: str, options: argparse.Names
     if scheme == ORIGINAL:
         texts = measure(measure.path, compare=False)
         return {"bits_per_weight": None, "size_bytes": weigh(measure.path), "texts": texts}
-    notation, scheme_settings = spec(scheme)
-    name, method_settings = spec(method)
-    arguments = ["--method", name, "--scheme", notation, *scheme_settings, *method_settings]
-    arguments += ["--calibration", str(options.calibration), "--samples", str(options.samples)]
-    return quantize_and_measure(measure, arguments)
+    calibration = ["--calibration", str(options.calibration), "--samples", str(options.samples)]
+    return quantize_and_measure(measure, [*Asked.parse(method, scheme).arguments, *calibration])
 
 
 def weigh(model: Path) -> int:
