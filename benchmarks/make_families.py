@@ -3,9 +3,9 @@
     python benchmarks/make_families.py ../shared/bench/tiny-llama --train TEXT --work out/families
 
 What an architecture has and Llama lacks starts where it changes least: a norm's gain is the mean size of what it
-normalizes, SiLU becomes 1.702 · GELU(x / 1.702). That is Mistral exactly, and Gemma but for a KL of 0.002. Elsewhere
-Adam then brings the outputs back to the Llama's: the loss is KL(Llama ‖ other) on windows of the train text, in
-bfloat16 autocast, for so many minutes of CPU time.
+normalizes, SiLU becomes 1.702 · GELU(x / 1.702). That is Mistral exactly, and Gemma nearly. Elsewhere Adam then brings
+the outputs back to the Llama's: the loss is KL(Llama ‖ other) on windows of the train text, in bfloat16 autocast, for
+so many minutes of CPU time.
 """
 
 import argparse
@@ -86,14 +86,18 @@ def make_family(source: Path, family: str, train: Path, training: Training, work
     from bitfold.models.checkpoint import sha256_of
 
     out = work / family
-    how = {"source": source.name, "family": family, "train": train.name} | asdict(training)
-    how["source_sha256"] = [sha256_of(file) for file in sorted(source.glob("*.safetensors"))]
+    sums = [sha256_of(file) for file in sorted(source.glob("*.safetensors"))]
+    how: dict[str, Any] = {"source": source.name, "source_sha256": sums, "family": family}
+    if family in TRAINED:
+        how |= {"train": train.name} | asdict(training)
     if (out / MADE).is_file():
         made = json.loads((out / MADE).read_text())
         if made["how"] == how:
             return out
     tokenizer = AutoTokenizer.from_pretrained(source)
     llama = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    if llama.config.model_type != "llama":
+        raise SystemExit(f"{source} is a {llama.config.model_type}: give a Llama's checkpoint.")
     windows = read_windows(train, tokenizer, training.length)
     torch.manual_seed(training.seed)
     other = moved(llama, family, windows[:MEASURED_WINDOWS])
@@ -147,7 +151,6 @@ def config_of(llama: "PretrainedConfig", family: str) -> "PretrainedConfig":
         "num_hidden_layers",
         "num_attention_heads",
         "num_key_value_heads",
-        "head_dim",
         "max_position_embeddings",
         "rms_norm_eps",
         "rope_parameters",
@@ -157,14 +160,21 @@ def config_of(llama: "PretrainedConfig", family: str) -> "PretrainedConfig":
         "pad_token_id",
     )
     settings = {name: getattr(llama, name) for name in shared}
+    settings["head_dim"] = head_dim_of(llama)
     if family == "mistral":
         settings["sliding_window"] = None
     if family == "gemma3_text":
         rotary = settings["rope_parameters"]
         settings["rope_parameters"] = {"sliding_attention": rotary, "full_attention": rotary}
         settings["sliding_window"] = SLIDING_WINDOW
-        settings["query_pre_attn_scalar"] = llama.head_dim
+        settings["query_pre_attn_scalar"] = settings["head_dim"]
     return AutoConfig.for_model(family, **settings)
+
+
+def head_dim_of(config: "PretrainedConfig") -> int:
+    from bitfold.models.family import head_counts
+
+    return head_counts(config)[2]
 
 
 def mean_sizes(llama: "PreTrainedModel", windows: "Tensor") -> dict[str, float]:
@@ -174,7 +184,7 @@ def mean_sizes(llama: "PreTrainedModel", windows: "Tensor") -> dict[str, float]:
     """
     import torch
 
-    head = llama.config.head_dim
+    head = head_dim_of(llama.config)
     sizes: dict[str, float] = {}
 
     def note(name: str, module: object, inputs: object, output: "Tensor") -> None:
@@ -217,7 +227,9 @@ def add_head_norms(
     for layer in layer_names(config):
         for kind in ("q", "k"):
             gain = sizes[f"{layer}self_attn.{kind}_proj"]
-            weights[f"{layer}self_attn.{kind}_norm.weight"] = torch.full((config.head_dim,), gain)
+            weights[f"{layer}self_attn.{kind}_norm.weight"] = torch.full(
+                (head_dim_of(config),), gain
+            )
 
 
 def as_gemma(config: "PretrainedConfig", weights: "Weights", sizes: Mapping[str, float]) -> None:

@@ -1,6 +1,7 @@
 """What the tables of quality share: artifacts made in a process of their own, their figures, and rows that outlive a
 killed command."""
 
+import argparse
 import json
 import shlex
 import shutil
@@ -24,8 +25,12 @@ __all__ = [
     "Measure",
     "Row",
     "Rows",
+    "add_measuring_arguments",
     "command_line",
+    "markdown_table",
+    "measure_of",
     "quantize_and_measure",
+    "settings_of",
     "write_results",
 ]
 
@@ -170,6 +175,38 @@ def quantize_and_measure(
     return row
 
 
+# -- commands that measure on one text ---------------------------------------------------------------
+
+
+def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of calibrating and measuring."""
+    add = parser.add_argument
+    add("--calibration", type=Path, required=True, help=".txt, .jsonl or .npy")
+    add("--text", type=Path, required=True, help="evaluation text")
+    add("--windows", type=int, help="only the text's first so many windows")
+    add("--length", type=int, default=256, help="tokens of an evaluation window")
+
+
+def settings_of(options: argparse.Namespace) -> Row:
+    """What a row's figures depend on beside checkpoint and recipe."""
+    return {
+        "text": options.text.name,
+        "windows": options.windows,
+        "length": options.length,
+        "calibration": options.calibration.name,
+    }
+
+
+def measure_of(original: Path, options: argparse.Namespace) -> Measure:
+    """A `Measure` on the text of `add_measuring_arguments`."""
+    name = options.text.stem
+    windows = {} if options.windows is None else {name: options.windows}
+    return Measure(original, {name: options.text}, windows, options.length)
+
+
+# -- results -----------------------------------------------------------------------------------------
+
+
 def command_line() -> str:
     """The command that runs, as a person would type it."""
     return "python " + shlex.join(sys.argv)
@@ -180,3 +217,9 @@ def write_results(out: Path, content: Row, page: str) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
     out.with_suffix(".md").write_text(page)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Its lines; every column but the first is right-aligned."""
+    align = [":--"] + ["--:"] * (len(header) - 1)
+    return [f"| {' | '.join(line)} |" for line in (header, align, *rows)]
