@@ -16,7 +16,6 @@ was stopped.
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -26,15 +25,16 @@ from children import examples, fix_environment
 from make_families import MADE, Training, add_making_arguments, make_family
 from measuring import (
     Asked,
-    Measure,
     Row,
     Rows,
     add_measuring_arguments,
     command_line,
     markdown_table,
     measure_of,
+    provenance,
     quantize_and_measure,
     settings_of,
+    show_table,
     write_results,
 )
 
@@ -53,7 +53,7 @@ def main() -> None:
         families.append(measured(family, path, finished, options))
     content = {"command": command_line(), "families": families}
     write_results(options.out, content, page(content, options))
-    show(families, options)
+    show_table(header(options), [cells(family, options) for family in families])
     sys.exit(any(violations(family, options.tolerance) for family in families))
 
 
@@ -96,15 +96,12 @@ def measured(family: str, path: Path, finished: Rows, options: argparse.Namespac
     row["methods"] = {}
     for method in options.method:
         asked = Asked.parse(method, options.scheme)
-        make = partial(quantized, to_original, asked, options)
+        make = partial(
+            quantize_and_measure, to_original, asked, options.calibration, options.samples
+        )
         of_method = of | {"recipe": asked.recipe()}
         row["methods"][method] = finished.get(of_method, make, f"{family} {method}")
     return row
-
-
-def quantized(measure: Measure, asked: Asked, options: argparse.Namespace) -> Row:
-    calibration = ["--calibration", options.calibration, "--samples", str(options.samples)]
-    return quantize_and_measure(measure, [*asked.arguments, *calibration])
 
 
 def violations(family: Row, tolerance: float) -> list[str]:
@@ -151,13 +148,6 @@ def cells(family: Row, options: argparse.Namespace) -> list[str]:
     return [*line, "; ".join(violations(family, options.tolerance)) or "as expected"]
 
 
-def show(families: Sequence[Row], options: argparse.Namespace) -> None:
-    from bitfold.report import terminal
-
-    table = terminal.table(header(options), [cells(family, options) for family in families])
-    terminal.console().print(table)
-
-
 def page(content: Row, options: argparse.Namespace) -> str:
     families = content["families"]
     rows = [row for family in families for row in family["methods"].values()]
@@ -168,8 +158,7 @@ def page(content: Row, options: argparse.Namespace) -> str:
         "",
         f"Written by `{content['command']}`.",
         "",
-        f"bitfold {', '.join(sorted({row['bitfold'] for row in rows}))}; "
-        f"{'; '.join(sorted({row['machine'] for row in rows}))}.",
+        provenance(rows),
         "",
         f"Scheme {options.scheme}. Calibration: `{options.calibration.name}`, {options.samples} samples. Evaluation "
         f"on `{options.text.name}` in float32, {extent} {found['windows']} windows of {options.length} tokens, each "

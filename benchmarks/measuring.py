@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,8 +29,10 @@ __all__ = [
     "command_line",
     "markdown_table",
     "measure_of",
+    "provenance",
     "quantize_and_measure",
     "settings_of",
+    "show_table",
     "write_results",
 ]
 
@@ -159,16 +161,19 @@ def remembering(model: "PreTrainedModel") -> "PreTrainedModel":
 
 def quantize_and_measure(
     measure: Measure,
-    arguments: Sequence[str | Path],
+    asked: Asked,
+    calibration: Path,
+    samples: int,
     look: Callable[[Path], Row] = lambda artifact: {},
 ) -> Row:
-    """What `bitfold quantize` with these arguments makes of the original, what that costs and is worth.
+    """What `bitfold quantize` makes of the original, what that costs and is worth.
 
     look: adds what is read in the artifact, which is removed afterwards.
     """
     with tempfile.TemporaryDirectory(prefix="bitfold-measuring-") as directory:
         out = Path(directory) / "artifact"
-        made = bitfold_json("quantize", measure.path, "-o", out, *arguments)
+        calibrating = ("--calibration", calibration, "--samples", str(samples))
+        made = bitfold_json("quantize", measure.path, "-o", out, *asked.arguments, *calibrating)
         row = {key: made[key] for key in _KEPT} | look(out)
         row["texts"] = measure(out, compare=True)
         shutil.rmtree(out)
@@ -219,7 +224,21 @@ def write_results(out: Path, content: Row, page: str) -> None:
     out.with_suffix(".md").write_text(page)
 
 
+def provenance(rows: Iterable[Row]) -> str:
+    """With which bitfold, and where, the rows were made."""
+    made = list(rows)
+    used, where = ({row[key] for row in made} for key in ("bitfold", "machine"))
+    return f"bitfold {', '.join(sorted(used))}; {'; '.join(sorted(where))}."
+
+
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Its lines; every column but the first is right-aligned."""
     align = [":--"] + ["--:"] * (len(header) - 1)
     return [f"| {' | '.join(line)} |" for line in (header, align, *rows)]
+
+
+def show_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """The same table in the terminal."""
+    from bitfold.report import terminal
+
+    terminal.console().print(terminal.table(header, rows))

@@ -16,7 +16,16 @@ from functools import partial
 from pathlib import Path
 
 from children import fix_environment
-from measuring import Asked, Measure, Row, Rows, command_line, quantize_and_measure, write_results
+from measuring import (
+    Asked,
+    Measure,
+    Row,
+    Rows,
+    command_line,
+    provenance,
+    quantize_and_measure,
+    write_results,
+)
 
 ORIGINAL = "original"
 # What a row is of.
@@ -88,8 +97,8 @@ def measured(measure: Measure, scheme: str, method: str, options: argparse.Names
     if scheme == ORIGINAL:
         texts = measure(measure.path, compare=False)
         return {"bits_per_weight": None, "size_bytes": weigh(measure.path), "texts": texts}
-    calibration = ["--calibration", str(options.calibration), "--samples", str(options.samples)]
-    return quantize_and_measure(measure, [*Asked.parse(method, scheme).arguments, *calibration])
+    asked = Asked.parse(method, scheme)
+    return quantize_and_measure(measure, asked, options.calibration, options.samples)
 
 
 def weigh(model: Path) -> int:
@@ -101,14 +110,12 @@ def weigh(model: Path) -> int:
 
 def page(rows: list[Row], reference: list[Row], options: argparse.Namespace, command: str) -> str:
     models = [model.name for model in options.model]
-    used = sorted({row["bitfold"] for row in rows})
-    where = sorted({row["machine"] for row in rows})
     lines = [
         "# Methods",
         "",
         f"Written by `{command}`.",
         "",
-        f"bitfold {', '.join(used)}; {'; '.join(where)}.",
+        provenance(rows),
         "",
         *explanation(rows, options),
     ]
