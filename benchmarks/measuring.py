@@ -238,7 +238,10 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list
 
 
 def show_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """The same table in the terminal."""
+    """The same table in the terminal; in a log as wide as it is."""
     from bitfold.report import terminal
 
-    terminal.console().print(terminal.table(header, rows))
+    console = terminal.console()
+    if not console.is_terminal:
+        console.width = 200
+    console.print(terminal.table(header, rows))

@@ -16,13 +16,14 @@ printed as a table, and written as Markdown and JSON.
 import argparse
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from bitfold import BitfoldError
 from children import Failed, examples, fix_environment
 from growth import add_growth_arguments, run_growth
 from measuring import (
@@ -81,13 +82,15 @@ STUDIES = {
     ),
     "mask": Study(
         "the gradual mask and diagonal dominance, on and off",
-        "`affine.gradual`: whether the mask opens epoch by epoch; `affine.dominance`: whether the matrices are kept "
-        "diagonally dominant. A margin below 0 is a matrix that is not.",
+        "`affine.gradual`: whether the mask opens epoch by epoch, or is full from the start; `affine.dominance`: "
+        "whether the matrices are kept diagonally dominant (`project`) or not (`off`). A margin below 0 is a matrix "
+        "that is not.",
         {
-            f"gradual {'on' if gradual else 'off'}, dominance {dominance}": Variant(
-                (f"affine.gradual={str(gradual).lower()}", f"affine.dominance={dominance}")
+            f"{mask}, {dominance}": Variant(
+                # In quotes, because a bare `off` is false in YAML.
+                (f"affine.gradual={gradual}", f"affine.dominance='{dominance}'")
             )
-            for gradual in (True, False)
+            for mask, gradual in (("gradual", "true"), ("full", "false"))
             for dominance in ("project", "off")
         },
     ),
@@ -114,7 +117,10 @@ STUDIES = {
 def main() -> None:
     options = parse_arguments()
     fix_environment(options.threads)
-    options.run(options)
+    try:
+        options.run(options)
+    except BitfoldError as error:
+        raise SystemExit(str(error)) from error
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -171,7 +177,10 @@ def run_study(options: argparse.Namespace) -> None:
     content = {"command": command_line(), "study": options.study, "original": base, "rows": rows}
     out = options.out or Path("docs/results") / f"{options.study}-{name}"
     write_results(out, content, study_page(content, study, name, options))
-    show_table([options.study, *COLUMNS], study_cells(rows))
+    show_table([options.study, *SHOWN], cells(rows, SHOWN))
+    for variant, row in rows.items():
+        for what in happened(row):
+            print(f"{options.study} {variant}: {what}")
 
 
 def measured(measure: Measure, asked: Asked, samples: int, calibration: Path) -> Row:
@@ -197,7 +206,7 @@ def what_was_found(artifact: Path) -> Row:
 
 # -- its table ---------------------------------------------------------------------------------------
 
-COLUMNS = [
+COLUMNS = (
     "loss",
     "best epochs",
     "condition v→o",
@@ -206,40 +215,54 @@ COLUMNS = [
     "merge error",
     "ppl",
     "KL",
+    "± KL",
     "top-1",
     "s",
     "CPU s",
     "peak MB",
     "what happened",
-]
+)
+# What fits a terminal of 80 columns; what happened stands below.
+SHOWN = ("loss", "condition v→o", "margin", "merge error", "ppl", "KL", "CPU s", "peak MB")
 
 
-def study_cells(rows: Mapping[str, Row]) -> list[list[str]]:
-    return [[name, *row_cells(row), "; ".join(happened(row))] for name, row in rows.items()]
+def cells(rows: Mapping[str, Row], columns: Sequence[str]) -> list[list[str]]:
+    found = {name: figures(row) for name, row in rows.items()}
+    return [[name, *(row.get(column, "–") for column in columns)] for name, row in found.items()]
 
 
-def row_cells(row: Row) -> list[str]:
+def figures(row: Row) -> dict[str, str]:
+    """A run's cells by column; one that ended without an artifact has few."""
+    told = {"what happened": "; ".join(happened(row))}
     if "failed" in row:
-        return ["–"] * (len(COLUMNS) - 1)
-    fits, figures = row["fits"], next(iter(row["texts"].values()))
+        return told
+    fits = row["fits"]
     sites = [site for fit in fits for site in fit["sites"]]
     matrices = [site for site in sites if "margin" in site]
-    cells = [
-        f"{mean(fit['best'] / fit['start'] for fit in fits):.4f}" if fits else "–",
-        " ".join("–" if fit["best_epoch"] is None else str(fit["best_epoch"]) for fit in fits),
-        largest(matrices, "condition"),
-        largest(sites, "condition"),
-        f"{min(site['margin'] for site in matrices):.3f}" if matrices else "–",
-        f"{max(row['folding_errors']):.1e}",
-    ]
-    if figures["perplexity"] is None or figures["kl_mean"] is None:
-        cells += ["not finite", "not finite", "–"]
-    else:
-        cells.append(f"{figures['perplexity']:.3f}")
-        cells.append(f"{figures['kl_mean']:.5f} ± {figures['kl_se'] or 0:.5f}")
-        cells.append(f"{figures['top1_agreement']:.1%}")
-    cells += [f"{row[key]:.0f}" for key in ("seconds", "process_cpu_seconds", "peak_rss_mb")]
-    return cells
+    best = ["–" if fit["best_epoch"] is None else str(fit["best_epoch"]) for fit in fits]
+    told |= {
+        "loss": f"{mean(fit['best'] / fit['start'] for fit in fits):.4f}" if fits else "–",
+        "best epochs": " ".join(best),
+        "condition v→o": largest(matrices, "condition"),
+        "condition, all": largest(sites, "condition"),
+        "margin": f"{min(site['margin'] for site in matrices):.3f}" if matrices else "–",
+        "merge error": f"{max(row['folding_errors']):.1e}",
+        "s": f"{row['seconds']:.0f}",
+        "CPU s": f"{row['process_cpu_seconds']:.0f}",
+        "peak MB": f"{row['peak_rss_mb']:.0f}",
+    }
+    return told | quality(next(iter(row["texts"].values())))
+
+
+def quality(text: Row) -> dict[str, str]:
+    if text["perplexity"] is None or text["kl_mean"] is None:
+        return {"ppl": "not finite", "KL": "not finite"}
+    return {
+        "ppl": f"{text['perplexity']:.3f}",
+        "KL": f"{text['kl_mean']:.5f}",
+        "± KL": f"{text['kl_se'] or 0:.5f}",
+        "top-1": f"{text['top1_agreement']:.1%}",
+    }
 
 
 def largest(sites: list[Row], key: str) -> str:
@@ -255,7 +278,7 @@ def happened(row: Row) -> list[str]:
             fit for fit in row["fits"] if fit["notes"]
         ],
         "loss above the start's": [
-            fit for fit in row["fits"] if max(fit["losses"], default=0.0) > fit["start"]
+            fit for fit in row["fits"] if not all(loss <= fit["start"] for loss in fit["losses"])
         ],
         "left as it was": [
             fit for fit in row["fits"] if fit["losses"] and fit["best_epoch"] is None
@@ -293,10 +316,10 @@ def study_page(content: Row, study: Study, name: str, options: argparse.Namespac
         "loss: of the best state ÷ of the start, mean over blocks; best epochs: block by block, – where nothing was "
         "better than the start; condition: the largest of any site, v→o being the matrices per head; margin: the least "
         "of their relative diagonal dominance; merge error: relative change of a block's output by folding alone, the "
-        "largest; KL: to the original, mean in nats per token ± standard error over windows; s: of `bitfold quantize` "
-        "on the clock; CPU s: with the interpreter's start (about 4 s); peak MB: of that process.",
+        "largest; KL: to the original, mean in nats per token; ±: its standard error over windows; s: of `bitfold "
+        "quantize` on the clock; CPU s: with the interpreter's start (about 4 s); peak MB: of that process.",
         "",
-        *markdown_table([options.study, *COLUMNS], study_cells(rows)),
+        *markdown_table([options.study, *COLUMNS], cells(rows, COLUMNS)),
         *notes(rows),
     ]
     return "\n".join(lines) + "\n"
