@@ -14,6 +14,7 @@ was stopped.
 """
 
 import argparse
+import gc
 import json
 import sys
 from functools import partial
@@ -25,6 +26,7 @@ from children import examples, fix_environment
 from make_families import MADE, Training, add_making_arguments, make_family
 from measuring import (
     Asked,
+    Measure,
     Row,
     Rows,
     add_measuring_arguments,
@@ -47,13 +49,16 @@ def main() -> None:
     fix_environment(options.threads)
     training = Training(minutes=options.minutes, seed=options.seed)
     finished = Rows(options.rows, IDENTITY)
+    # transformers gives every Qwen2 checkpoint Qwen2's own cut of words, whatever its tokenizer says.
+    to_source = measure_of(options.source, options, tokenizer=options.source)
     families = []
     for family in options.family:
         path = make_family(options.source, family, options.train, training, options.work)
-        families.append(measured(family, path, finished, options))
+        families.append(measured(family, path, to_source, finished, options))
+        gc.collect()  # the last original's remembered logits
     content = {"command": command_line(), "families": families}
     write_results(options.out, content, page(content, options))
-    show_table(header(options), [cells(family, options) for family in families])
+    show([cells(family, options.tolerance) for family in families])
     sys.exit(any(violations(family, options.tolerance) for family in families))
 
 
@@ -80,11 +85,13 @@ def parse_arguments() -> argparse.Namespace:
 # -- measuring ---------------------------------------------------------------------------------------
 
 
-def measured(family: str, path: Path, finished: Rows, options: argparse.Namespace) -> Row:
+def measured(
+    family: str, path: Path, to_source: Measure, finished: Rows, options: argparse.Namespace
+) -> Row:
     """The rows of one family: the checkpoint itself, held against the source, and every method's artifact."""
     from bitfold.models.checkpoint import Checkpoint
 
-    to_source, to_original = measure_of(options.source, options), measure_of(path, options)
+    to_original = measure_of(path, options, tokenizer=options.source)
     settings = settings_of(options) | {"samples": options.samples}
     of = {"family": family, "checkpoint": Checkpoint(path).fingerprint(), "settings": settings}
 
@@ -127,31 +134,36 @@ def kl(row: Row) -> float:
 # -- the page ----------------------------------------------------------------------------------------
 
 
-def header(options: argparse.Namespace) -> list[str]:
-    columns = ["family", "original ppl", "KL to the source"]
-    columns += [f"{method} {what}" for method in options.method for what in ("KL", "ppl")]
-    columns += [f"{later} ÷ {earlier}" for earlier, later in pairwise(options.method)]
-    return [*columns, "order"]
-
-
-def cells(family: Row, options: argparse.Namespace) -> list[str]:
+def cells(family: Row, tolerance: float) -> dict[str, str]:
+    """By column; those with ± and ppl of a method are for the page alone."""
     original = figures(family[ORIGINAL])
-    line = [family["family"], f"{original['perplexity']:.2f}", f"{kl(family[ORIGINAL]):.4f}"]
-    rows = list(family["methods"].values())
-    for row in rows:
+    line = {
+        "family": family["family"],
+        "original ppl": f"{original['perplexity']:.2f}",
+        "KL to the source": f"{kl(family[ORIGINAL]):.4f}",
+    }
+    for name, row in family["methods"].items():
         found = figures(row)
-        error = found["kl_se"]
-        line.append(f"{kl(row):.4f}" + (f" ± {error:.4f}" if error is not None else ""))
         perplexity = found["perplexity"]
-        line.append("not finite" if perplexity is None else f"{perplexity:.2f}")
-    line += [f"{kl(later) / kl(earlier):.3f}" for earlier, later in pairwise(rows)]
-    return [*line, "; ".join(violations(family, options.tolerance)) or "as expected"]
+        line[f"{name} KL"] = f"{kl(row):.4f}"
+        line[f"{name} ±"] = f"{found['kl_se'] or 0:.4f}"
+        line[f"{name} ppl"] = "not finite" if perplexity is None else f"{perplexity:.2f}"
+    for (earlier, before), (later, row) in pairwise(family["methods"].items()):
+        line[f"{later} ÷ {earlier}"] = f"{kl(row) / kl(before):.3f}"
+    return line | {"order": "; ".join(violations(family, tolerance)) or "as expected"}
+
+
+def show(families: list[dict[str, str]]) -> None:
+    shown = [
+        name for name in families[0] if name == "original ppl" or not name.endswith((" ±", " ppl"))
+    ]
+    show_table(shown, [[family[name] for name in shown] for family in families])
 
 
 def page(content: Row, options: argparse.Namespace) -> str:
     families = content["families"]
     rows = [row for family in families for row in family["methods"].values()]
-    found = figures(rows[0])
+    found, table = figures(rows[0]), [cells(family, options.tolerance) for family in families]
     extent = "all" if options.windows is None else "the first"
     lines = [
         "# Families",
@@ -162,11 +174,11 @@ def page(content: Row, options: argparse.Namespace) -> str:
         "",
         f"Scheme {options.scheme}. Calibration: `{options.calibration.name}`, {options.samples} samples. Evaluation "
         f"on `{options.text.name}` in float32, {extent} {found['windows']} windows of {options.length} tokens, each "
-        "alone. KL: to the family's own original, mean in nats per token ± standard error over windows; KL to the "
-        f"source: of that original to {options.source.name}. Order: every method's KL is at most "
-        f"{1 + options.tolerance:g} times that of the one before it.",
+        f"alone, cut by {options.source.name}'s tokenizer. KL: to the family's own original, mean in nats per token; "
+        f"±: its standard error over windows; KL to the source: of that original to {options.source.name}. Order: "
+        f"every method's KL is at most {1 + options.tolerance:g} times that of the one before it.",
         "",
-        *markdown_table(header(options), [cells(family, options) for family in families]),
+        *markdown_table(list(table[0]), [list(line.values()) for line in table]),
         "",
         "## How the checkpoints were made",
         "",

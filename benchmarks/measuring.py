@@ -18,7 +18,7 @@ from children import bitfold_json, machine, source_version
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
     "Asked",
@@ -119,15 +119,24 @@ class Measure:
         texts: Mapping[str, str | Path],
         windows: Mapping[str, int],
         length: int,
+        tokenizer: Path | None = None,
     ) -> None:
-        """windows: only the first so many of a text's. length: tokens of a window."""
+        """windows: only the first so many of a text's. length: tokens of a window. tokenizer: the checkpoint whose
+        tokenizer cuts the texts, where that is not each model's own."""
         self.path, self.texts, self.windows, self.length = original, texts, windows, length
+        self._tokenizer_of = tokenizer
 
     @cached_property
     def original(self) -> "PreTrainedModel":
         import bitfold
 
         return remembering(bitfold.load(self.path))
+
+    @cached_property
+    def tokenizer(self) -> "PreTrainedTokenizerBase | None":
+        import bitfold
+
+        return None if self._tokenizer_of is None else bitfold.load_tokenizer(self._tokenizer_of)
 
     def __call__(self, model: Path, *, compare: bool) -> dict[str, Any]:
         """The figures of every text, by its name."""
@@ -137,6 +146,7 @@ class Measure:
             name: bitfold.evaluate(
                 model,
                 file,
+                tokenizer=self.tokenizer,
                 sequence_length=self.length,
                 windows=self.windows.get(name),
                 against=self.original if compare else None,
@@ -202,11 +212,13 @@ def settings_of(options: argparse.Namespace) -> Row:
     }
 
 
-def measure_of(original: Path, options: argparse.Namespace) -> Measure:
+def measure_of(
+    original: Path, options: argparse.Namespace, tokenizer: Path | None = None
+) -> Measure:
     """A `Measure` on the text of `add_measuring_arguments`."""
     name = options.text.stem
     windows = {} if options.windows is None else {name: options.windows}
-    return Measure(original, {name: options.text}, windows, options.length)
+    return Measure(original, {name: options.text}, windows, options.length, tokenizer)
 
 
 # -- results -----------------------------------------------------------------------------------------
