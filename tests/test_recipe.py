@@ -44,6 +44,8 @@ def test_every_method_is_a_recipe_that_says_what_it_is(method: str) -> None:
         ("awq", ["awq", "output_error", "minmax", "nearest"], True),
         ("smoothquant+awq", ["smoothquant", "awq", "output_error", "minmax", "nearest"], True),
         ("awq + smoothquant", ["awq", "smoothquant", "output_error", "minmax", "nearest"], True),
+        ("gptq", ["minmax", "minmax", "gptq"], True),
+        ("awq+gptq", ["awq", "output_error", "minmax", "gptq"], True),
         ("awq+rtn", ["awq", "output_error", "minmax", "nearest"], True),
     ],
 )
@@ -80,6 +82,7 @@ def test_needs_are_those_of_the_parts() -> None:
         ("weight_range={mse: {power: 2.4}}", "weight_range.power", 2.4),
         ("stream=original", "stream", "original"),
         ("seed=7", "seed", 7),
+        ("rounding=gptq", "rounding.order", "activation"),
     ],
 )
 def test_set(item: str, where: str, value: object) -> None:
@@ -87,6 +90,14 @@ def test_set(item: str, where: str, value: object) -> None:
     for step in where.split("."):
         found = found[int(step)] if step.isdigit() else getattr(found, step)
     assert found == value
+
+
+def test_off_is_a_word_not_a_boolean(file: Path) -> None:
+    recipe = Recipe.make("affine", set=["affine.dominance=off"])
+    assert recipe.transforms[-1].dominance == "off"
+    file.write_text("transforms:\n  - affine: {dominance: off, shifts: false}\n")
+    read = Recipe.make(file=file).transforms[0]
+    assert (read.dominance, read.shifts) == ("off", False)
 
 
 def test_several_settings_and_the_last_word() -> None:

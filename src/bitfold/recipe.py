@@ -4,6 +4,7 @@ A recipe is checked whole before anything is read: unknown keys, options and met
 right one. Every published method is a YAML file in `recipes/`; methods are composed with `+`.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -118,7 +119,7 @@ class Recipe(BaseModel):
     activation_range: RangePart = MinMax()
     rounding: RoundingPart = Nearest()
     stream: Literal["original", "quantized"] = "quantized"
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -224,7 +225,7 @@ def _compose(names: object) -> dict[str, Any]:
         )
     fields: dict[str, Any] = {"transforms": []}
     for name in parts:
-        content = yaml.safe_load(method_text(name.strip()))
+        content = _read_yaml(method_text(name.strip()))
         content.pop("summary"), content.pop("paper")
         fields["transforms"] += content.pop("transforms", [])
         fields |= content
@@ -235,8 +236,8 @@ def _read_file(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise RecipeError(f"There is no recipe file {file}: check the path, or give a --method.")
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = _read_yaml(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise RecipeError(f"{file} is not valid YAML ({reason}): correct it.") from error
     if not isinstance(content, dict):
@@ -261,6 +262,24 @@ def _list(fields: Mapping[str, Any], key: str) -> list[Any]:
     return list(value)
 
 
+class _Yaml(yaml.SafeLoader):
+    """YAML 1.2's booleans: `off` is a word (dominance: off), only true and false are not."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - as PyYAML has it
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":bool")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+
+
+def _read_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Yaml)
+
+
 def _override(item: str) -> tuple[tuple[str, ...], Any]:
     key, equals, value = item.partition("=")
     if not equals or not key.strip():
@@ -268,9 +287,11 @@ def _override(item: str) -> tuple[tuple[str, ...], Any]:
             f"--set takes key=value, not '{item}': write for example weight.symmetric=true."
         )
     try:
-        return tuple(key.strip().split(".")), yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {item}: '{value}' is not a value YAML can read.") from error
+        return tuple(key.strip().split(".")), _read_yaml(value)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise RecipeError(
+            f"--set {item} has a value that YAML cannot read: write a number, true, false or a word."
+        ) from error
 
 
 def _scheme(text: object, overrides: Mapping[tuple[str, ...], Any]) -> Scheme:

@@ -31,6 +31,11 @@ class NormSite:
     readers: tuple[str, ...]
     offset: float = 0.0
 
+    @property
+    def name(self) -> str:
+        """As people call it, in reports and errors."""
+        return f"{self.norm} -> {', '.join(reader.rpartition('.')[2] for reader in self.readers)}"
+
 
 @dataclass(frozen=True)
 class ValueOutput:
@@ -38,6 +43,11 @@ class ValueOutput:
 
     value: str
     output: str
+
+    @property
+    def name(self) -> str:
+        """As people call it."""
+        return f"{self.value} -> {self.output}"
 
     @property
     def readers(self) -> tuple[str, ...]:
@@ -53,6 +63,11 @@ class UpDown:
     gate: str
 
     @property
+    def name(self) -> str:
+        """As people call it."""
+        return f"{self.up} -> {self.down}"
+
+    @property
     def readers(self) -> tuple[str, ...]:
         return (self.down,)
 
@@ -64,6 +79,11 @@ class FcPair:
     fc1: str
     fc2: str
     homogeneous: bool
+
+    @property
+    def name(self) -> str:
+        """As people call it."""
+        return f"{self.fc1} -> {self.fc2}"
 
     @property
     def readers(self) -> tuple[str, ...]:
@@ -80,6 +100,11 @@ class QueryKey:
     query_norm: str | None = None
     key_norm: str | None = None
     norm_offset: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """As people call it."""
+        return f"{self.query} . {self.key}"
 
     @property
     def readers(self) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from bitfold.runtime.attention import ATTENTION
 
 __all__ = ["Skeleton", "read_config"]
 
+_WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # Buffers and duplicates that old checkpoints carry and no model needs.
 _IGNORED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
 
@@ -184,7 +185,14 @@ class Skeleton:
                     f"{self.checkpoint.path}: config.json asks for {name}, which the weights lack: "
                     "config and weights are of different models (layer count?); copy or download both again."
                 )
-            shape = self.checkpoint.tensors[stored].shape
+            info = self.checkpoint.tensors[stored]
+            if info.dtype not in _WEIGHT_DTYPES:
+                dtype = str(info.dtype).removeprefix("torch.")
+                raise CheckpointError(
+                    f"The tensor {stored} in {self.checkpoint.path / info.file} is {dtype}, but "
+                    "weights must be bfloat16, float16, float32 or float64: give the original checkpoint."
+                )
+            shape = info.shape
             if shape != tuple(parameter.shape):
                 raise CheckpointError(
                     f"{self.checkpoint.path}: {name} is {list(shape)} in the weights but {list(parameter.shape)} "

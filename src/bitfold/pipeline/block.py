@@ -7,13 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitfold.models.family import Family
 from bitfold.models.skeleton import Skeleton
 from bitfold.numerics import QuantizedTensor, Scheme, TensorScheme, scale_and_zero, to_groups
+from bitfold.part import Need
 from bitfold.pipeline.hooks import InputQuantizer, capturing_inputs, quantizing
 from bitfold.pipeline.plan import Plan
 from bitfold.pipeline.rewrite import input_statistics, rewrite_block
 from bitfold.pipeline.streams import Streams
 from bitfold.recipe import Recipe
+from bitfold.rounding import Layer
 from bitfold.statistics import InputStatistics
 from bitfold.transforms.block_transform import Clipping
 
@@ -27,7 +30,7 @@ class QuantizedBlock:
     tensors: quantized weights; plain: everything else, in the dtype of storage; inputs: how layers' inputs are
     quantized; all by name relative to the block. errors: relative error of each layer's output on the probe.
     unpacked_in: the dtype in which loaders compute the weights' values, where that is not the one they run in.
-    fits: figures of the transforms' fits.
+    fits: figures of the transforms' fits. notes: what the user should read.
     """
 
     tensors: dict[str, QuantizedTensor]
@@ -38,6 +41,7 @@ class QuantizedBlock:
     folding_error: float
     unpacked_in: torch.dtype | None = None
     fits: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """What the block's parameters are once loaded: the simulation."""
@@ -75,26 +79,15 @@ def quantize_block(
     }
     folded |= {name: value.to(dtype) for name, value in plain.items()}
 
-    late_needs = recipe.weight_range.needs | recipe.rounding.needs
-    late_needs |= frozenset({"rows", "channels"}) if recipe.static_activations else frozenset()
-    statistics = input_statistics(skeleton, index, plan, folded, streams, late_needs)
-
-    tensors = {}
-    for name in quantized_names:
-        scheme = schemes[name].weight
-        assert scheme is not None
-        weight = folded[f"{name}.weight"].float()
-        input_name = skeleton.family.input_of(name)
-        gram = statistics[input_name].gram if "gram" in late_needs else None
-        limits = _limits(weight, scheme, recipe, gram, rewritten.clipping.get(name))
-        tensors[name] = recipe.rounding.solve(weight, limits, scheme, plan.storage, gram)
-    tensors = {name: tensors[name] for name in schemes if name in tensors}
-
+    ranges = input_statistics(skeleton, index, plan, folded, streams, _static_needs(recipe))
     inputs = {
-        name: _input_quantizer(scheme, statistics.get(skeleton.family.input_of(name)), plan)
+        name: _input_quantizer(scheme, ranges.get(skeleton.family.input_of(name)), plan)
         for name, scheme in schemes.items()
         if scheme.activation is not None
     }
+    late_needs = recipe.weight_range.needs | recipe.rounding.needs
+    statistics = input_statistics(skeleton, index, plan, folded, streams, late_needs, inputs)
+    tensors, notes = _round(skeleton.family, folded, schemes, plan, rewritten.clipping, statistics)
     heads = plan.attention[f"{prefix}.{skeleton.family.attention}"]
     errors = _layer_errors(skeleton, index, folded, tensors, inputs, streams.probe_quantized)
     return QuantizedBlock(
@@ -106,6 +99,7 @@ def quantize_block(
         rewritten.folding_error,
         plan.unpacked_in,
         rewritten.fits,
+        notes,
     )
 
 
@@ -126,6 +120,39 @@ def run_quantized(
     return run
 
 
+def _static_needs(recipe: Recipe) -> frozenset[Need]:
+    """What static activations' ranges are found from."""
+    return frozenset({"rows", "channels"}) if recipe.static_activations else frozenset()
+
+
+def _round(
+    family: Family,
+    weights: Mapping[str, Tensor],
+    schemes: Mapping[str, Scheme],
+    plan: Plan,
+    clipping: Mapping[str, Clipping],
+    statistics: Mapping[str, InputStatistics],
+) -> tuple[dict[str, QuantizedTensor], list[str]]:
+    """Ranges and codes of a block's weights, in the order of `schemes`; layers with the same input together."""
+    recipe = plan.recipe
+    found: dict[str, QuantizedTensor] = {}
+    notes: list[str] = []
+    for shared in family.inputs:
+        gram = statistics[shared[0]].gram if shared[0] in statistics else None
+        layers = {}
+        for name in shared:
+            scheme = schemes[name].weight if name in schemes else None
+            if scheme is not None:
+                weight = weights[f"{name}.weight"].float()
+                limits = _limits(weight, scheme, recipe, gram, clipping.get(name))
+                layers[name] = Layer(weight, limits, scheme)
+        if layers:
+            rounded = recipe.rounding.solve(layers, plan.storage, gram)
+            found |= rounded.tensors
+            notes += rounded.notes
+    return {name: found[name] for name in schemes if name in found}, notes
+
+
 def _limits(
     weight: Tensor,
     scheme: TensorScheme,
@@ -138,7 +165,7 @@ def _limits(
     if clipping is None:
         return recipe.weight_range.limits(groups, scheme, gram)
     minimum, maximum = torch.aminmax(groups, dim=-1, keepdim=True)
-    return minimum * clipping.lower, maximum * clipping.upper
+    return minimum * clipping.lower.to(minimum), maximum * clipping.upper.to(maximum)
 
 
 def _input_quantizer(

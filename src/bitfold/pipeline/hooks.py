@@ -1,6 +1,6 @@
 """Looking into a running block, and quantizing what its layers are given: forward hooks, removed when done."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from bitfold.numerics import Scheme, TensorScheme, fake_quantize_dynamic
 from bitfold.runtime.activation import quantize_input
 from bitfold.runtime.attention import HeadQuantizers, set_head_quantizers
 
-__all__ = ["InputQuantizer", "capturing_inputs", "quantizing"]
+__all__ = ["InputQuantizer", "capturing_inputs", "capturing_outputs", "quantizing"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,24 @@ def capturing_inputs(
             handle = block.get_submodule(name).register_forward_pre_hook(hook_for(receive))
             stack.callback(handle.remove)
         yield
+
+
+@contextmanager
+def capturing_outputs(block: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """Within this context each named linear layer leaves its output in the mapping, under its name."""
+    outputs: dict[str, Tensor] = {}
+
+    def hook_for(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            outputs[name] = output
+
+        return hook
+
+    with ExitStack() as stack:
+        for name in names:
+            handle = block.get_submodule(name).register_forward_hook(hook_for(name))
+            stack.callback(handle.remove)
+        yield outputs
 
 
 @contextmanager

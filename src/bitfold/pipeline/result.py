@@ -1,5 +1,6 @@
 """What a run made and what it cost, read from the artifact itself."""
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,7 @@ def read_result(
 def usage_lines(out: str, quantization: Mapping[str, Any]) -> tuple[str, ...]:
     """Lines that show how to use the artifact at `out`, from the `quantization_config` of its config.json."""
     loading = f'AutoModelForCausalLM.from_pretrained("{out}")'
-    generating = f'bitfold generate {out} --prompt "Once upon a time"'
+    generating = f'bitfold generate {shlex.quote(out)} --prompt "Once upon a time"'
     if quantization["quant_method"] != "compressed-tensors":
         return (
             f"import bitfold; from transformers import AutoModelForCausalLM; model = {loading}",
@@ -90,7 +91,7 @@ def usage_lines(out: str, quantization: Mapping[str, Any]) -> tuple[str, ...]:
     lines = (f"from transformers import AutoModelForCausalLM; model = {loading}", generating)
     if not _vllm_has_kernels(quantization):
         return lines
-    return (lines[0], f"vllm serve {out}", lines[1])
+    return (lines[0], f"vllm serve {shlex.quote(out)}", lines[1])
 
 
 def _vllm_has_kernels(quantization: Mapping[str, Any]) -> bool:

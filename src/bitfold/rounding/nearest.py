@@ -1,10 +1,12 @@
 """Round to nearest: the floor of every table."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from bitfold.numerics import QuantizedTensor, TensorScheme
-from bitfold.rounding.rounding import Rounding
+from bitfold.numerics import QuantizedTensor
+from bitfold.rounding.rounding import Layer, Rounded, Rounding
 
 __all__ = ["Nearest"]
 
@@ -13,12 +15,14 @@ class Nearest(Rounding):
     """Every weight goes to the nearest code within the range."""
 
     def solve(
-        self,
-        weight: Tensor,
-        limits: tuple[Tensor, Tensor],
-        scheme: TensorScheme,
-        scale_dtype: torch.dtype,
-        gram: Tensor | None = None,
-    ) -> QuantizedTensor:
-        """Codes of a weight [out, in] whose groups have these limits [..., 1]."""
-        return QuantizedTensor.from_limits(weight, *limits, scheme, scale_dtype)
+        self, layers: Mapping[str, Layer], scale_dtype: torch.dtype, gram: Tensor | None = None
+    ) -> Rounded:
+        """See `Rounding.solve`; the gram is not read."""
+        return Rounded(
+            {
+                name: QuantizedTensor.from_limits(
+                    layer.weight, *layer.limits, layer.scheme, scale_dtype
+                )
+                for name, layer in layers.items()
+            }
+        )

@@ -8,6 +8,7 @@ listed in docs/affinequant.md.
 """
 
 import math
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -24,8 +25,9 @@ from bitfold.transforms.block_transform import (
     Clipping,
     Terms,
 )
-from bitfold.transforms.groups import fold
+from bitfold.transforms.groups import Transform, fold
 from bitfold.transforms.learned import Learned, MaskSettings, learned_at
+from bitfold.transforms.outputs import restored
 
 __all__ = ["Affine"]
 
@@ -40,6 +42,7 @@ class Affine(BlockTransform):
     matrices: `full` per head where the group has them, or `diagonal` (OmniQuant). clipping, shifts: learn them.
     alpha: stability factor of the off-diagonal entries. gradual: open the mask epoch by epoch.
     dominance: keep the matrices diagonally dominant by at least `margin`, or leave them (`off`).
+    scope: of the loss: the `block`'s output, or each `linear` layer's own.
     terms: of the loss, see `Terms`; `auto`: both where activations are quantized.
     precision: of A and its inverse; `mixed` is a float32 A and a float64 inverse.
     compute: of the block's matrix products while learning; `auto`: bfloat16 where that changes the loss at the start by
@@ -57,6 +60,7 @@ class Affine(BlockTransform):
     gradual: bool = True
     dominance: Literal["project", "off"] = "project"
     margin: float = Field(default=0.05, ge=0, lt=1)
+    scope: Literal["block", "linear"] = "block"
     terms: Terms | Literal["auto"] = "auto"
     precision: Literal["float32", "float64", "mixed"] = "mixed"
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -113,11 +117,17 @@ class _State:
         for parameter, value in zip(self.parameters, values, strict=True):
             parameter.copy_(value)
 
-    def rewritten(self, problem: BlockProblem) -> dict[str, Tensor]:
+    def transforms(self) -> list[Transform]:
+        """What the parameters stand for now, in the order of folding; differentiable."""
+        return [site.transform() for site in self.sites]
+
+    def rewritten(
+        self, problem: BlockProblem, transforms: Iterable[Transform]
+    ) -> dict[str, Tensor]:
         """The block's weights, folded and rounded; differentiable."""
         weights: dict[str, Tensor] = dict(problem.weights)
-        for site in self.sites:
-            weights = fold(weights, site.transform(), problem.heads)
+        for transform in transforms:
+            weights = fold(weights, transform, problem.heads)
         for name, scheme in problem.schemes.items():
             if scheme.weight is not None:
                 key = f"{name}.weight"
@@ -191,11 +201,21 @@ class _Descent:
         return True
 
     def _loss(self, windows: Tensor) -> Tensor:
+        problem = self.problem
         try:
-            weights = self.state.rewritten(self.problem)
+            transforms = self.state.transforms()
         except torch.linalg.LinAlgError:  # a singular matrix: as bad as a loss can be
             return torch.tensor(math.nan)
-        return self.problem.loss(weights, windows, self.terms, self.low)
+        weights = self.state.rewritten(problem, transforms)
+        if self.affine.scope == "block":
+            return problem.loss(weights, windows, self.terms, self.low)
+
+        def restore(name: str, output: Tensor) -> Tensor:
+            for transform in transforms:
+                output = restored(transform, name, output, problem.heads)
+            return output
+
+        return problem.linear_loss(weights, windows, self.terms, self.low, restore)
 
     @torch.no_grad()
     def _checked(self) -> float:
@@ -224,9 +244,9 @@ class _Descent:
         }
         if epoch < 0:  # nothing was better than doing nothing
             return BlockFit([], {}, {"start": start, "best": best, "losses": self.losses})
-        transforms = [site.transform() for site in self.state.sites]
+        transforms = self.state.transforms()
         sites = [
-            {"site": type(transform.site).__name__, **site.report()}
+            {"site": transform.site.name, **site.report()}
             for site, transform in zip(self.state.sites, transforms, strict=True)
         ]
         report = {
@@ -253,9 +273,9 @@ def _clipping_parameters(problem: BlockProblem) -> dict[str, tuple[Tensor, Tenso
     parameters = {}
     for name, scheme in problem.schemes.items():
         if scheme.weight is not None and scheme.weight.granularity != "tensor":
-            shape = (*to_groups(problem.weights[f"{name}.weight"], scheme.weight).shape[:-1], 1)
-            device = problem.weights[f"{name}.weight"].device
-            lower, upper = (torch.full(shape, CLIPPING_START, device=device) for _ in range(2))
+            weight = problem.weights[f"{name}.weight"]
+            shape = (*to_groups(weight, scheme.weight).shape[:-1], 1)
+            lower, upper = (weight.new_full(shape, CLIPPING_START) for _ in range(2))
             parameters[name] = (lower.requires_grad_(), upper.requires_grad_())
     return parameters
 
