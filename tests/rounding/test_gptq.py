@@ -82,7 +82,7 @@ def test_the_textbook(scheme: TensorScheme, order: str, block: int) -> None:
 def test_no_row_is_worse_than_nearest(scheme: TensorScheme, seed: int) -> None:
     layer, gram = _layer(scheme, seed)
     nearest = Nearest().solve({"w": layer}, torch.float64).tensors["w"]
-    found = Gptq().solve({"w": layer}, torch.float64, gram).tensors["w"]
+    found = Gptq().solve_with({"w": layer}, torch.float64, gram).tensors["w"]
     before, after = (_errors(layer.weight, tensor, gram) for tensor in (nearest, found))
     assert (after <= before + 1e-12).all()
     if scheme.bits < 8:
@@ -95,15 +95,15 @@ def test_with_a_diagonal_second_moment_it_is_nearest(scheme: TensorScheme) -> No
     gram = torch.diag(torch.rand(COLUMNS, dtype=torch.float64) + 0.1)
     gram[7, 7] = gram[30, 30] = 0  # no input reaches these columns
     nearest = Nearest().solve({"w": layer}, torch.float64).tensors["w"]
-    found = Gptq(keep_better=False).solve({"w": layer}, torch.float64, gram).tensors["w"]
+    found = Gptq(keep_better=False).solve_with({"w": layer}, torch.float64, gram).tensors["w"]
     assert torch.equal(found.codes, nearest.codes)
 
 
 def test_layers_that_share_an_input_are_solved_as_alone() -> None:
     (first, gram), (second, _) = _layer(SCHEMES[0]), _layer(SCHEMES[1], seed=5)
-    together = Gptq().solve({"a": first, "b": second}, torch.float64, gram).tensors
+    together = Gptq().solve_with({"a": first, "b": second}, torch.float64, gram).tensors
     for name, layer in (("a", first), ("b", second)):
-        alone = Gptq().solve({name: layer}, torch.float64, gram).tensors[name]
+        alone = Gptq().solve_with({name: layer}, torch.float64, gram).tensors[name]
         assert torch.equal(together[name].codes, alone.codes)
 
 
@@ -111,7 +111,7 @@ def test_a_singular_second_moment_is_damped_more_and_says_so() -> None:
     layer, _ = _layer(SCHEMES[1])
     inputs = torch.randn(2, COLUMNS)
     gram = 1e6 * inputs.T @ inputs  # of rank 2, in float32
-    found = Gptq(damping=1e-12).solve({"q_proj": layer}, torch.float32, gram)
+    found = Gptq(damping=1e-12).solve_with({"q_proj": layer}, torch.float32, gram)
     assert torch.isfinite(found.tensors["q_proj"].dequantize()).all()
     assert len(found.notes) == 1
     assert "q_proj" in found.notes[0]
@@ -121,5 +121,5 @@ def test_a_singular_second_moment_is_damped_more_and_says_so() -> None:
 def test_inputs_that_are_all_zero() -> None:
     layer, _ = _layer(SCHEMES[0])
     nearest = Nearest().solve({"w": layer}, torch.float64).tensors["w"]
-    found = Gptq().solve({"w": layer}, torch.float64, torch.zeros(COLUMNS, COLUMNS).double())
+    found = Gptq().solve_with({"w": layer}, torch.float64, torch.zeros(COLUMNS, COLUMNS).double())
     assert torch.equal(found.tensors["w"].codes, nearest.codes)

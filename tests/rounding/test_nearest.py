@@ -8,6 +8,7 @@ import torch
 from bitfold.numerics import TensorScheme, to_groups
 from bitfold.ranges import MinMax
 from bitfold.rounding import ROUNDINGS, Layer, Nearest
+from bitfold.statistics import InputStatistics
 from reference import round_group
 
 SCHEMES = [
@@ -25,6 +26,13 @@ def weight() -> torch.Tensor:
     return torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
 
 
+def _statistics() -> InputStatistics:
+    """Of inputs without any correlation."""
+    statistics = InputStatistics(frozenset({"gram", "cross"}), 64)
+    statistics.update(torch.eye(64), torch.eye(64))
+    return statistics
+
+
 @by_scheme
 @pytest.mark.parametrize("name", ROUNDINGS)
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
@@ -32,7 +40,7 @@ def test_the_contract(name: str, scheme: TensorScheme, stored: torch.dtype) -> N
     x = weight()
     limits = MinMax().limits(to_groups(x, scheme), scheme)
     layers = {"w": Layer(x, limits, scheme)}
-    tensor = ROUNDINGS[name]().solve(layers, stored, torch.eye(64)).tensors["w"]
+    tensor = ROUNDINGS[name]().solve(layers, stored, _statistics()).tensors["w"]
     assert tensor.scheme == scheme
     assert tensor.shape == x.shape
     assert tensor.scale.dtype == stored

@@ -7,18 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitfold.models.family import Family
 from bitfold.models.skeleton import Skeleton
-from bitfold.numerics import QuantizedTensor, Scheme, TensorScheme, scale_and_zero, to_groups
+from bitfold.numerics import QuantizedTensor, Scheme, scale_and_zero
 from bitfold.part import Need
 from bitfold.pipeline.hooks import InputQuantizer, capturing_inputs, quantizing
+from bitfold.pipeline.measure import input_statistics
 from bitfold.pipeline.plan import Plan
-from bitfold.pipeline.rewrite import input_statistics, rewrite_block
+from bitfold.pipeline.rewrite import rewrite_block
+from bitfold.pipeline.round import round_block
 from bitfold.pipeline.streams import Streams
 from bitfold.recipe import Recipe
-from bitfold.rounding import Layer
 from bitfold.statistics import InputStatistics
-from bitfold.transforms.block_transform import Clipping
 
 __all__ = ["QuantizedBlock", "quantize_block", "run_quantized"]
 
@@ -85,9 +84,9 @@ def quantize_block(
         for name, scheme in schemes.items()
         if scheme.activation is not None
     }
-    late_needs = recipe.weight_range.needs | recipe.rounding.needs
-    statistics = input_statistics(skeleton, index, plan, folded, streams, late_needs, inputs)
-    tensors, notes = _round(skeleton.family, folded, schemes, plan, rewritten.clipping, statistics)
+    tensors, rounding_notes = round_block(
+        skeleton, index, plan, streams, folded, inputs, rewritten.clipping
+    )
     heads = plan.attention[f"{prefix}.{skeleton.family.attention}"]
     errors = _layer_errors(skeleton, index, folded, tensors, inputs, streams.probe_quantized)
     return QuantizedBlock(
@@ -99,7 +98,7 @@ def quantize_block(
         rewritten.folding_error,
         plan.unpacked_in,
         rewritten.fits,
-        notes,
+        [*(note for fit in rewritten.fits for note in fit.get("notes", ())), *rounding_notes],
     )
 
 
@@ -123,49 +122,6 @@ def run_quantized(
 def _static_needs(recipe: Recipe) -> frozenset[Need]:
     """What static activations' ranges are found from."""
     return frozenset({"rows", "channels"}) if recipe.static_activations else frozenset()
-
-
-def _round(
-    family: Family,
-    weights: Mapping[str, Tensor],
-    schemes: Mapping[str, Scheme],
-    plan: Plan,
-    clipping: Mapping[str, Clipping],
-    statistics: Mapping[str, InputStatistics],
-) -> tuple[dict[str, QuantizedTensor], list[str]]:
-    """Ranges and codes of a block's weights, in the order of `schemes`; layers with the same input together."""
-    recipe = plan.recipe
-    found: dict[str, QuantizedTensor] = {}
-    notes: list[str] = []
-    for shared in family.inputs:
-        gram = statistics[shared[0]].gram if shared[0] in statistics else None
-        layers = {}
-        for name in shared:
-            scheme = schemes[name].weight if name in schemes else None
-            if scheme is not None:
-                weight = weights[f"{name}.weight"].float()
-                limits = _limits(weight, scheme, recipe, gram, clipping.get(name))
-                layers[name] = Layer(weight, limits, scheme)
-        if layers:
-            rounded = recipe.rounding.solve(layers, plan.storage, gram)
-            found |= rounded.tensors
-            notes += rounded.notes
-    return {name: found[name] for name in schemes if name in found}, notes
-
-
-def _limits(
-    weight: Tensor,
-    scheme: TensorScheme,
-    recipe: Recipe,
-    gram: Tensor | None,
-    clipping: Clipping | None,
-) -> tuple[Tensor, Tensor]:
-    """The limits of a weight's groups: learned with the transforms, or by the recipe's range."""
-    groups = to_groups(weight, scheme)
-    if clipping is None:
-        return recipe.weight_range.limits(groups, scheme, gram)
-    minimum, maximum = torch.aminmax(groups, dim=-1, keepdim=True)
-    return minimum * clipping.lower.to(minimum), maximum * clipping.upper.to(maximum)
 
 
 def _input_quantizer(

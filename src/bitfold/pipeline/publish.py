@@ -70,7 +70,7 @@ def _report(job: Job, blocks: list[dict[str, Any]], distance: dict[str, Any]) ->
         "fits": [block["fits"] for block in blocks if block["fits"]],
         "folding_errors": [block["folding_error"] for block in blocks],
         "layers": [layer for block in blocks for layer in block["layers"]],
-        "notes": list(job.notes),
+        "notes": [*job.notes, *(note for block in blocks for note in block["notes"])],
     }
 
 

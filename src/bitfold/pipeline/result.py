@@ -69,7 +69,7 @@ def read_result(
             format=quantization["quant_method"],
             probe=report["probe"],
             layers=report["layers"],
-            notes=job.notes,
+            notes=tuple(report["notes"]),
             usage=usage_lines(str(job.out), quantization),
             finished_before=finished_before,
         )

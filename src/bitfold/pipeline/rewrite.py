@@ -10,17 +10,16 @@ from torch import Tensor
 from bitfold.errors import EquivalenceError
 from bitfold.models.skeleton import Skeleton
 from bitfold.numerics import Scheme
-from bitfold.part import Need
-from bitfold.pipeline.hooks import InputQuantizer, capturing_inputs, quantizing
+from bitfold.pipeline.measure import input_statistics
 from bitfold.pipeline.plan import Plan
 from bitfold.pipeline.problem import block_problem
-from bitfold.pipeline.streams import Streams, batches
+from bitfold.pipeline.streams import Streams
 from bitfold.statistics import InputStatistics, widened
 from bitfold.transforms import BlockTransform, SiteTransform, fold
 from bitfold.transforms.block_transform import Clipping
 from bitfold.transforms.groups import Transform
 
-__all__ = ["Rewritten", "input_statistics", "rewrite_block"]
+__all__ = ["Rewritten", "rewrite_block"]
 
 # Relative change of a block's output by folding alone, above which it was no equivalence: float32 folds to
 # about 1e-6, a matrix outside the group to more than 1e-2.
@@ -135,35 +134,3 @@ def _fold_block(
     result.weights = {name: weights[name].to(value.dtype) for name, value in result.weights.items()}
     result.clipping |= fit.clipping
     result.fits.append(fit.report)
-
-
-def input_statistics(
-    skeleton: Skeleton,
-    index: int,
-    plan: Plan,
-    weights: Mapping[str, Tensor],
-    streams: Streams,
-    needs: frozenset[Need],
-    inputs: Mapping[str, InputQuantizer] | None = None,
-) -> dict[str, InputStatistics]:
-    """Statistics of every distinct input of the block, by the name that stands for it; empty if nothing is needed.
-
-    inputs: how layers' inputs are quantized; the statistics are then of what the layers multiply.
-    """
-    stream = streams.original if plan.recipe.stream == "original" else streams.quantized
-    if not needs or stream is None:
-        return {}
-    tokens = stream.shape[0] * stream.shape[1]
-    statistics = {shared[0]: InputStatistics(needs, tokens) for shared in skeleton.family.inputs}
-    receivers = {name: one.update for name, one in statistics.items()}
-    family, block = skeleton.family, skeleton.blocks[index]
-    heads = (
-        plan.attention[f"{skeleton.block_name(index)}.{family.attention}"] if inputs else Scheme()
-    )
-    with (
-        quantizing(block, inputs or {}, family.attention, heads),
-        capturing_inputs(block, receivers),
-    ):
-        for batch in batches(stream):
-            skeleton.run(index, weights, batch.to(skeleton.device))
-    return statistics

@@ -21,6 +21,7 @@ from bitfold.numerics.quantize import code_dtype
 from bitfold.part import Need
 from bitfold.rounding.nearest import Nearest
 from bitfold.rounding.rounding import Layer, Rounded, Rounding
+from bitfold.statistics import InputStatistics
 
 __all__ = ["Gptq", "InverseFactor", "inverse_factor", "spread_error"]
 
@@ -42,10 +43,19 @@ class Gptq(Rounding):
     keep_better: bool = True
 
     def solve(
-        self, layers: Mapping[str, Layer], scale_dtype: torch.dtype, gram: Tensor | None = None
+        self,
+        layers: Mapping[str, Layer],
+        scale_dtype: torch.dtype,
+        statistics: InputStatistics | None = None,
     ) -> Rounded:
         """See `Rounding.solve`. The layers share H and its factor."""
-        assert gram is not None
+        assert statistics is not None
+        return self.solve_with(layers, scale_dtype, statistics.gram)
+
+    def solve_with(
+        self, layers: Mapping[str, Layer], scale_dtype: torch.dtype, gram: Tensor
+    ) -> Rounded:
+        """The same, given H [in, in]."""
         factor = inverse_factor(gram, self.damping, by_activation=self.order == "activation")
         notes = []
         if factor.damping > self.damping:

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
 from bitfold.numerics import QuantizedTensor
 from bitfold.rounding.rounding import Layer, Rounded, Rounding
+from bitfold.statistics import InputStatistics
 
 __all__ = ["Nearest"]
 
@@ -15,9 +15,12 @@ class Nearest(Rounding):
     """Every weight goes to the nearest code within the range."""
 
     def solve(
-        self, layers: Mapping[str, Layer], scale_dtype: torch.dtype, gram: Tensor | None = None
+        self,
+        layers: Mapping[str, Layer],
+        scale_dtype: torch.dtype,
+        statistics: InputStatistics | None = None,
     ) -> Rounded:
-        """See `Rounding.solve`; the gram is not read."""
+        """See `Rounding.solve`; nothing of the input is read."""
         return Rounded(
             {
                 name: QuantizedTensor.from_limits(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bitfold.numerics import QuantizedTensor, TensorScheme
 from bitfold.part import Part
+from bitfold.statistics import InputStatistics
 
 __all__ = ["Layer", "Rounded", "Rounding"]
 
@@ -35,10 +36,13 @@ class Rounding(Part):
 
     @abstractmethod
     def solve(
-        self, layers: Mapping[str, Layer], scale_dtype: torch.dtype, gram: Tensor | None = None
+        self,
+        layers: Mapping[str, Layer],
+        scale_dtype: torch.dtype,
+        statistics: InputStatistics | None = None,
     ) -> Rounded:
         """Round layers that are given the same input.
 
-        scale_dtype: in which the scales will be stored. gram: second moment E[xxᵀ] [in, in] of that input as the
-        quantized model sees it, where `needs` asks for it.
+        scale_dtype: in which the scales will be stored. statistics: what `needs` asks for, of that input as the
+        quantized model sees it; None where it asks for nothing.
         """
