@@ -47,9 +47,9 @@ def test_alpha_is_the_share_of_the_way(alpha: float) -> None:
     torch.testing.assert_close(part, alpha * whole)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize("drift", [0.1, 0.5])
-def test_the_original_output_is_met_better_than_by_gptq(bits: int, drift: float) -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("drift", [0.3, 0.5])
+def test_drift_that_outweighs_rounding_is_met_better_than_by_gptq(bits: int, drift: float) -> None:
     layer, statistics, original, given = _case(bits, drift)
     errors = []
     for rounding in (Gptq(), Qep(alpha=1)):
