@@ -92,7 +92,7 @@ MAY_REACH = {
     "numerics": ("errors",),
     "statistics": ("part",),
     "ranges": ("errors", "numerics", "part"),
-    "rounding": ("errors", "numerics", "part"),
+    "rounding": ("statistics", "errors", "numerics", "part"),
     "transforms": ("errors", "models", "numerics", "part", "statistics"),
     "export": ("errors", "numerics"),
 }
