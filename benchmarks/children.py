@@ -1,5 +1,6 @@
 """What the benchmarks share: one environment for this process and its children, and bitfold as a subprocess."""
 
+import argparse
 import ctypes.util
 import json
 import os
@@ -8,12 +9,28 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import bitfold
 
-__all__ = ["bitfold_json", "fix_environment", "machine", "source_version"]
+__all__ = [
+    "Failed",
+    "bitfold_json",
+    "child_json",
+    "examples",
+    "fix_environment",
+    "machine",
+    "source_version",
+]
+
+
+def examples(doc: str | None) -> dict[str, Any]:
+    """Arguments of an ArgumentParser whose help begins with a module's first line and ends with the rest of it."""
+    first, _, rest = (doc or "").partition("\n\n")
+    layout = argparse.RawDescriptionHelpFormatter
+    return {"description": first, "epilog": rest, "formatter_class": layout}
 
 
 def fix_environment(threads: int) -> None:
@@ -28,14 +45,30 @@ def fix_environment(threads: int) -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | wanted)
 
 
+class Failed(SystemExit):
+    """A child that failed: this process ends with what it said. kind: of bitfold's error, empty for any other."""
+
+    def __init__(self, command: Sequence[str], done: "subprocess.CompletedProcess[str]") -> None:
+        super().__init__(f"{' '.join(command)}\nexit code {done.returncode}\n{done.stderr}")
+        said = done.stdout.strip().splitlines()[-1:]
+        answer = json.loads(said[0]) if said and said[0].startswith('{"error"') else {}
+        self.kind: str = answer.get("kind", "")
+        self.sentence: str = answer.get("error", "")
+
+
 def bitfold_json(*arguments: str | Path) -> dict[str, Any]:
-    """What `bitfold ARGUMENTS --json` prints, and what the process took, its start included: process_seconds on the
-    clock, process_cpu_seconds on the processors. Its error, where it fails, is this process's."""
-    command = [sys.executable, "-m", "bitfold", *map(str, arguments), "--json"]
+    """What `bitfold ARGUMENTS --json` prints, and what the process took; see `child_json`."""
+    return child_json("-m", "bitfold", *arguments, "--json")
+
+
+def child_json(*arguments: str | Path) -> dict[str, Any]:
+    """The JSON object that `python ARGUMENTS` prints, and what the process took, its start included: process_seconds on
+    the clock, process_cpu_seconds on the processors. Its error, where it fails, is this process's."""
+    command = [sys.executable, *map(str, arguments)]
     start, start_cpu = time.perf_counter(), _children_cpu_seconds()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)}\nexit code {done.returncode}\n{done.stderr}")
+        raise Failed(command, done)
     content: dict[str, Any] = json.loads(done.stdout)
     content["process_seconds"] = time.perf_counter() - start
     content["process_cpu_seconds"] = _children_cpu_seconds() - start_cpu

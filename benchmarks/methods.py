@@ -11,23 +11,25 @@ same command goes on where it was stopped. At the end a Markdown table and a JSO
 
 import argparse
 import json
-import shlex
-import shutil
-import sys
-import tempfile
-import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from children import bitfold_json, fix_environment, machine, source_version
+from children import fix_environment
+from measuring import (
+    Asked,
+    Measure,
+    Row,
+    Rows,
+    command_line,
+    provenance,
+    quantize_and_measure,
+    write_results,
+)
 
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedModel
-
-Row = dict[str, Any]
 ORIGINAL = "original"
+# What a row is of.
+IDENTITY = ("model", "scheme", "method", "settings")
 
 
 def main() -> None:
@@ -44,34 +46,20 @@ def main() -> None:
         "samples": options.samples,
         "calibration": options.calibration.name,
     }
-    rows = [row for row in read_rows(options.rows) if row["settings"] == settings]
+    finished = Rows(options.rows, IDENTITY)
+    wanted = [(ORIGINAL, ORIGINAL)]
+    wanted += [(scheme, method) for scheme in options.scheme for method in options.method]
+    rows = []
     for model in options.model:
-        wanted = [(ORIGINAL, ORIGINAL)]
-        wanted += [(scheme, method) for scheme in options.scheme for method in options.method]
-        done = {(row["scheme"], row["method"]) for row in rows if row["model"] == model.name}
-        missing = [pair for pair in wanted if pair not in done]
-        if missing:
-            measure = Measure(model, texts, windows, options.length)
-        for scheme, method in missing:
-            start = time.perf_counter()
-            row = {"model": model.name, "scheme": scheme, "method": method, "settings": settings}
-            row |= {"bitfold": source_version(), "machine": machine()}
-            if scheme == ORIGINAL:
-                row |= {"bits_per_weight": None, "size_bytes": weigh(model)}
-                row |= {"texts": measure(model, compare=False)}
-            else:
-                row |= quantize_and_measure(model, scheme, method, options, measure)
-            rows.append(row)
-            append_row(options.rows, row)
-            seconds = time.perf_counter() - start
-            print(f"{model.name} {scheme} {method}: {seconds:.0f} s", file=sys.stderr, flush=True)
-    rows = in_order(rows, options)
+        measure = Measure(model, texts, windows, options.length)
+        for scheme, method in wanted:
+            of = {"model": model.name, "scheme": scheme, "method": method, "settings": settings}
+            make = partial(measured, measure, scheme, method, options)
+            rows.append(finished.get(of, make, f"{model.name} {scheme} {method}"))
     reference = json.loads(options.reference.read_text())["rows"] if options.reference else []
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    command = "python " + shlex.join(sys.argv)
+    command = command_line()
     content = {"command": command, "rows": rows}
-    options.out.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
-    options.out.with_suffix(".md").write_text(page(rows, reference, options, command))
+    write_results(options.out, content, page(rows, reference, options, command))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -102,115 +90,19 @@ def named(item: str) -> tuple[str, str]:
     return name, value
 
 
-def spec(text: str) -> tuple[str, list[str]]:
-    """`awq:awq.steps=10,awq.weight_aware=false` as a name and its `--set` arguments."""
-    name, _, items = text.partition(":")
-    return name, [part for item in items.split(",") if item for part in ("--set", item)]
-
-
 # -- measuring ---------------------------------------------------------------------------------------
 
 
-class Measure:
-    """Evaluates models on the texts against an original that is loaded once."""
-
-    def __init__(
-        self, original: Path, texts: Mapping[str, str], windows: Mapping[str, int], length: int
-    ) -> None:
-        import bitfold
-
-        self.texts, self.windows, self.length = texts, windows, length
-        self.original = remembering(bitfold.load(original))
-
-    def __call__(self, model: Path, *, compare: bool) -> dict[str, Any]:
-        """The figures of every text, by its name."""
-        import bitfold
-
-        return {
-            name: bitfold.evaluate(
-                model,
-                file,
-                sequence_length=self.length,
-                windows=self.windows.get(name),
-                against=self.original if compare else None,
-            ).to_json()
-            for name, file in self.texts.items()
-        }
-
-
-def remembering(model: "PreTrainedModel") -> "PreTrainedModel":
-    """The model, which keeps the logits of every batch it is given: it is asked for the same ones row after row."""
-    compute, known = model.forward, {}
-
-    def forward(input_ids: "Tensor", **options: Any) -> Any:
-        key = input_ids.numpy().tobytes()
-        if key not in known:
-            known[key] = compute(input_ids=input_ids, **options)
-        return known[key]
-
-    model.forward = forward
-    return model
-
-
-def quantize_and_measure(
-    model: Path, scheme: str, method: str, options: argparse.Namespace, measure: Measure
-) -> Row:
-    notation, scheme_settings = spec(scheme)
-    name, method_settings = spec(method)
-    with tempfile.TemporaryDirectory(prefix="bitfold-methods-") as directory:
-        out = Path(directory) / "artifact"
-        arguments: list[str | Path] = [
-            "quantize",
-            model,
-            "-o",
-            out,
-            "--method",
-            name,
-            "--scheme",
-            notation,
-        ]
-        arguments += [*scheme_settings, *method_settings, "--calibration", options.calibration]
-        arguments += ["--samples", str(options.samples)]
-        made = bitfold_json(*arguments)
-        kept = (
-            "bits_per_weight",
-            "size_bytes",
-            "seconds",
-            "process_seconds",
-            "process_cpu_seconds",
-        )
-        row = {key: made[key] for key in (*kept, "peak_rss_mb", "format", "notes")}
-        row["texts"] = measure(out, compare=True)
-        shutil.rmtree(out)
-    return row
+def measured(measure: Measure, scheme: str, method: str, options: argparse.Namespace) -> Row:
+    if scheme == ORIGINAL:
+        texts = measure(measure.path, compare=False)
+        return {"bits_per_weight": None, "size_bytes": weigh(measure.path), "texts": texts}
+    asked = Asked.parse(method, scheme)
+    return quantize_and_measure(measure, asked, options.calibration, options.samples)
 
 
 def weigh(model: Path) -> int:
     return sum(file.stat().st_size for file in model.iterdir() if file.is_file())
-
-
-def read_rows(file: Path) -> list[Row]:
-    lines = file.read_text().splitlines() if file.is_file() else []
-    return [json.loads(line) for line in lines]
-
-
-def append_row(file: Path, row: Row) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a") as stream:
-        stream.write(json.dumps(row) + "\n")
-
-
-def in_order(rows: list[Row], options: argparse.Namespace) -> list[Row]:
-    """The rows that were asked for, in the order in which they were asked for."""
-    order = [(model.name, ORIGINAL, ORIGINAL) for model in options.model]
-    order += [
-        (model.name, scheme, method)
-        for model in options.model
-        for scheme in options.scheme
-        for method in options.method
-    ]
-    by_key = {(row["model"], row["scheme"], row["method"]): row for row in rows}
-    return [by_key[key] for key in order]
 
 
 # -- the page ----------------------------------------------------------------------------------------
@@ -218,14 +110,12 @@ def in_order(rows: list[Row], options: argparse.Namespace) -> list[Row]:
 
 def page(rows: list[Row], reference: list[Row], options: argparse.Namespace, command: str) -> str:
     models = [model.name for model in options.model]
-    used = sorted({row["bitfold"] for row in rows})
-    where = sorted({row["machine"] for row in rows})
     lines = [
         "# Methods",
         "",
         f"Written by `{command}`.",
         "",
-        f"bitfold {', '.join(used)}; {'; '.join(where)}.",
+        provenance(rows),
         "",
         *explanation(rows, options),
     ]
