@@ -115,7 +115,8 @@ def _fold_sites(
         if transform is not None:
             weights = fold(weights, transform, plan.heads, plan.storage)
             result.transforms.append(transform)
-    result.weights = {name: weights[name].to(value.dtype) for name, value in result.weights.items()}
+    dtype = next(iter(result.weights.values())).dtype
+    result.weights = {name: value.to(dtype) for name, value in weights.items()}
 
 
 def _fold_block(
