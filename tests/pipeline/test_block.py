@@ -204,7 +204,7 @@ def test_smoothquant_is_the_independent_simulation(checkpoint: Zoo) -> None:
 
 
 class Broken(SiteTransform):
-    """A diagonal that takes the wrong thing for granted at one kind of site."""
+    """A transform that takes the wrong thing for granted at one kind of site."""
 
     needs = frozenset[Need]({"channels"})
 
@@ -218,6 +218,9 @@ class Broken(SiteTransform):
             return Diagonal(NormSite(site.norm, site.readers, 0.0), scale)
         if self.where == "reader left out" and isinstance(site, NormSite):
             return Diagonal(NormSite(site.norm, site.readers[:1], site.offset), scale)
+        if self.where == "online reader left out" and isinstance(site, NormSite):
+            blocks = scale.view(-1, 1, 1)
+            return OnlineMatrix(NormSite(site.norm, site.readers[:1]), blocks, 1 / blocks)
         if isinstance(site, FcPair) and self.where in ("gelu", "negative"):
             inner = torch.linspace(0.5, 2, 96, dtype=FLOAT64)
             inner[0] *= -1 if self.where == "negative" else 1
@@ -232,6 +235,7 @@ class Broken(SiteTransform):
         ("gemma3", "offset"),
         ("qwen3", "reader left out"),
         ("llama", "reader left out"),
+        ("llama", "online reader left out"),
         ("opt-gelu", "gelu"),
         ("opt", "negative"),
         ("opt-350m", "negative"),
