@@ -171,9 +171,21 @@ def test_a_fit_that_finds_nothing_leaves_identities(
     assert bitfold.verify(out).ok
 
 
-def test_more_transforms_may_follow(model: Path, tokens: Path, tmp_path: Path) -> None:
-    """Their diagonals go into what runs, and nothing else changes."""
-    out = _quantize(model, tokens, tmp_path / "out", method="affine-online+awq")
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("affine-online+awq", ("affine.epochs=1",)),
+        ("wush", ("wush.norms=online",)),
+        ("affine", ("wush.norms=online", "affine.epochs=1")),
+        ("affine", ("wush.norms=online", "affine.norms=online", "affine.epochs=1")),
+    ],
+)
+def test_several_transforms_behind_a_norm(
+    method: str, options: tuple[str, ...], model: Path, tokens: Path, tmp_path: Path
+) -> None:
+    """Matrices are multiplied, diagonals go into them: one runs in the end."""
+    out = _quantize(model, tokens, tmp_path / "out", method=method, set=options)
+    assert len([name for name in _tensors(out) if "online" in name]) == NORMS
     assert max(json.loads((out / "report.json").read_text())["folding_errors"]) < 1e-5
     assert bitfold.verify(out).difference < 1e-6
 
@@ -188,6 +200,12 @@ def test_it_is_saved_copied_and_generates(online: Path, tmp_path: Path) -> None:
     new = loaded.generate(TOKENS[1:, :8], max_new_tokens=8, do_sample=False, pad_token_id=0)
     with torch.no_grad():  # without the cache
         assert torch.equal(loaded(new).logits[:, 7:-1].argmax(-1), new[:, 8:])
+
+
+def test_in_half_precision(model: Path, tokens: Path, tmp_path: Path) -> None:
+    out = _quantize(model, tokens, tmp_path / "out", dtype="bfloat16")
+    assert bitfold.verify(out).difference < 0.02
+    assert _logits(out, dtype=torch.bfloat16).isfinite().all()
 
 
 def test_nothing_of_a_folded_run_changes(model: Path, tokens: Path, tmp_path: Path) -> None:
