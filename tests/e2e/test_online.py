@@ -164,7 +164,8 @@ def test_with_quantized_activations_and_keys(model: Path, tokens: Path, tmp_path
 def test_a_fit_that_finds_nothing_leaves_identities(
     model: Path, tokens: Path, tmp_path: Path
 ) -> None:
-    out = _quantize(model, tokens, tmp_path / "out", set=("affine.epochs=0",))
+    nothing = ("wush.norms=none", "affine.epochs=0")
+    out = _quantize(model, tokens, tmp_path / "out", set=nothing)
     loaded = bitfold.load(out)
     for module in _settings(out)["online"][0]["modules"]:
         assert torch.equal(loaded.get_parameter(f"{module}.online.weight")[0], torch.eye(WIDTH))
@@ -177,7 +178,7 @@ def test_a_fit_that_finds_nothing_leaves_identities(
         ("affine-online+awq", ("affine.epochs=1",)),
         ("wush", ("wush.norms=online",)),
         ("affine", ("wush.norms=online", "affine.epochs=1")),
-        ("affine", ("wush.norms=online", "affine.norms=online", "affine.epochs=1")),
+        ("affine", ("affine.norms=online", "affine.epochs=1")),
     ],
 )
 def test_several_transforms_behind_a_norm(
@@ -301,4 +302,7 @@ def test_what_cannot_be_asked_for(model: Path, tokens: Path, tmp_path: Path) -> 
         _quantize(model, tokens, tmp_path / "out", scheme="w16a4")
     with pytest.raises(RecipeError, match="leave out matrices=diagonal"):
         _quantize(model, tokens, tmp_path / "out", set=("affine.matrices=diagonal",))
+    norms_after = build("opt-350m", FLOAT32, tmp_path / "model")
+    with pytest.raises(RecipeError, match=r"no norm of this opt .*choose another --method"):
+        _quantize(norms_after, tokens, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitfold.errors import RecipeError
 from bitfold.export.layout import OnlineEntry
 from bitfold.models.family import NormSite
 from bitfold.models.skeleton import Skeleton
 from bitfold.recipe import Recipe
 
 __all__ = ["OnlineCost", "online_cost", "online_entries", "with_identities"]
+
+_ANY_NORM = NormSite("norm", ())
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,18 @@ class OnlineCost:
 
 
 def online_entries(skeleton: Skeleton, recipe: Recipe) -> dict[str, OnlineEntry]:
-    """The norms behind which the recipe's transforms leave a matrix, by full name."""
+    """The norms behind which the recipe's transforms leave a matrix, by full name.
+
+    Raises RecipeError where they are to, and the model has no such norm.
+    """
     entries = {}
-    for site in skeleton.family.sites(skeleton.config):
-        if not isinstance(site, NormSite):
-            continue
+    norms = [s for s in skeleton.family.sites(skeleton.config) if isinstance(s, NormSite)]
+    if not norms and any(part.online_size(_ANY_NORM, 1) for part in recipe.transforms):
+        raise RecipeError(
+            f"{recipe.method} leaves a matrix behind norms that runs, and no norm of this {skeleton.family.name} model "
+            "stands before linear layers alone: set norms=folded (affine) or none (wush), or choose another --method."
+        )
+    for site in norms:
         for index, block in enumerate(skeleton.blocks):
             width = block.get_parameter(f"{site.norm}.weight").numel()
             sizes = [part.online_size(site, width) for part in recipe.transforms]
