@@ -434,6 +434,8 @@ def _print_quantization(result: Any) -> None:
         f"KL to the original on {result.probe['tokens']} probe tokens: {result.probe['kl_mean']:.4f} nats "
         f"(measure your own text: bitfold eval {escape(str(result.out))} --text FILE --against MODEL)"
     )
+    if result.online is not None:
+        console.print(f"[yellow]online[/] {escape(result.online['note'])}")
     for note in result.notes:
         console.print(f"[yellow]note[/] {escape(note)}")
     console.print("\n[bold]Use it[/]")

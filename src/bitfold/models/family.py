@@ -11,6 +11,7 @@ from typing import Any, Literal
 from transformers import PretrainedConfig
 
 __all__ = [
+    "ONLINE",
     "Family",
     "FcPair",
     "NormSite",
@@ -21,6 +22,10 @@ __all__ = [
     "ValueOutput",
     "head_counts",
 ]
+
+
+ONLINE = "online"
+"""What stands behind a module and runs, since nothing absorbs it, is a module of its own under this name."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,11 @@ class NormSite:
     def name(self) -> str:
         """As people call it, in reports and errors."""
         return f"{self.norm} -> {', '.join(reader.rpartition('.')[2] for reader in self.readers)}"
+
+    @property
+    def online(self) -> str:
+        """The name among a block's weights of the matrix that runs behind the norm, if there is one."""
+        return f"{self.norm}.{ONLINE}.weight"
 
 
 @dataclass(frozen=True)

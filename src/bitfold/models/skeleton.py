@@ -18,6 +18,7 @@ from bitfold.errors import CheckpointError, FamilyError
 from bitfold.models import Family, family_of
 from bitfold.models.checkpoint import Checkpoint
 from bitfold.runtime.attention import ATTENTION
+from bitfold.runtime.online import running_online
 
 __all__ = ["Skeleton", "read_config"]
 
@@ -127,9 +128,13 @@ class Skeleton:
         return logits
 
     def run(self, index: int, weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
-        """Block `index` with these weights on hidden [batch, length, hidden]; differentiable."""
+        """Block `index` with these weights on hidden [batch, length, hidden]; differentiable.
+
+        Matrices among the weights that stand behind modules (`NAME.online.weight`) run there.
+        """
         arguments = self._block_arguments(hidden.shape[1], hidden.dtype)[index]
-        output = functional_call(self.blocks[index], dict(weights), (hidden,), arguments)
+        with running_online(self.blocks[index], weights) as parameters:
+            output = functional_call(self.blocks[index], parameters, (hidden,), arguments)
         return output[0] if isinstance(output, tuple) else output
 
     def _call_base(self, outer: Mapping[str, Tensor], tokens: Tensor) -> None:

@@ -12,6 +12,7 @@ from bitfold.numerics import QuantizedTensor, Scheme, scale_and_zero
 from bitfold.part import Need
 from bitfold.pipeline.hooks import InputQuantizer, capturing_inputs, quantizing
 from bitfold.pipeline.measure import input_statistics
+from bitfold.pipeline.online import with_identities
 from bitfold.pipeline.plan import Plan
 from bitfold.pipeline.rewrite import rewrite_block
 from bitfold.pipeline.round import round_block
@@ -69,7 +70,7 @@ def quantize_block(
     weights = skeleton.load_block(index, dtype)
 
     rewritten = rewrite_block(skeleton, index, plan, schemes, streams, weights, report)
-    folded = rewritten.weights
+    folded = with_identities(rewritten.weights, plan.block_online(prefix))
     quantized_names = {name for name, scheme in schemes.items() if scheme.weight is not None}
     plain = {
         name: value.to(plan.storage)

@@ -17,7 +17,8 @@ __all__ = ["Quantization", "read_result", "usage_lines"]
 
 @dataclass(frozen=True)
 class Quantization:
-    """What a run made and what it cost. `finished_before`: it was there already, nothing was done."""
+    """What a run made and what it cost. `finished_before`: it was there already, nothing was done; online: what the
+    matrices cost at inference that the method leaves to run, None where everything is folded."""
 
     out: Path
     seconds: float
@@ -30,6 +31,7 @@ class Quantization:
     scheme: str
     format: str
     probe: dict[str, Any]
+    online: dict[str, Any] | None
     layers: list[dict[str, Any]]
     notes: tuple[str, ...]
     usage: tuple[str, ...]
@@ -68,6 +70,7 @@ def read_result(
             scheme=report["scheme"],
             format=quantization["quant_method"],
             probe=report["probe"],
+            online=report.get("online"),
             layers=report["layers"],
             notes=tuple(report["notes"]),
             usage=usage_lines(str(job.out), quantization),

@@ -88,10 +88,7 @@ def _culprit(
     folded = {name: widened(value) for name, value in weights.items()}
     for transform in transforms:
         folded = fold(folded, transform, plan.heads, plan.storage)
-        if (
-            not change({name: folded[name].to(value.dtype) for name, value in weights.items()})
-            <= limit
-        ):
+        if not change(_as_run(folded, weights)) <= limit:
             return transform.site.name
     return "several sites together"
 
@@ -114,7 +111,7 @@ def _fold_sites(
         if transform is not None:
             weights = fold(weights, transform, plan.heads, plan.storage)
             result.transforms.append(transform)
-    result.weights = {name: weights[name].to(value.dtype) for name, value in result.weights.items()}
+    result.weights = _as_run(weights, result.weights)
 
 
 def _fold_block(
@@ -131,6 +128,12 @@ def _fold_block(
     for transform in fit.transforms:
         weights = fold(weights, transform, plan.heads, plan.storage)
     result.transforms.extend(fit.transforms)
-    result.weights = {name: weights[name].to(value.dtype) for name, value in result.weights.items()}
+    result.weights = _as_run(weights, result.weights)
     result.clipping |= fit.clipping
     result.fits.append(fit.report)
+
+
+def _as_run(folded: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Folded weights in the dtype that those before were in, with what came to run."""
+    dtype = next(iter(before.values())).dtype
+    return {name: value.to(dtype) for name, value in folded.items()}

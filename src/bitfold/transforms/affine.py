@@ -9,12 +9,13 @@ listed in docs/affinequant.md.
 
 import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from bitfold.models.family import NormSite
 from bitfold.numerics import to_groups
 from bitfold.numerics.straight_through import fake_quantize_trainable
 from bitfold.part import Need
@@ -40,6 +41,8 @@ _LARGEST_CHANGE = 0.02
 class Affine(BlockTransform):
     """epochs: passes over the calibration windows; 0 does nothing. batch: windows in a step.
     matrices: `full` per head where the group has them, or `diagonal` (OmniQuant). clipping, shifts: learn them.
+    norms: `folded`, a diagonal behind each norm, which costs nothing; or `online`, a full matrix as in the paper's
+    weight-only setting, whose inverse stays there and runs.
     alpha: stability factor of the off-diagonal entries. gradual: open the mask epoch by epoch.
     dominance: keep the matrices diagonally dominant by at least `margin`, or leave them (`off`).
     scope: of the loss: the `block`'s output, or each `linear` layer's own.
@@ -54,6 +57,7 @@ class Affine(BlockTransform):
     epochs: int = Field(default=10, ge=0)
     batch: int = Field(default=2, ge=1)
     matrices: Literal["full", "diagonal"] = "full"
+    norms: Literal["folded", "online"] = "folded"
     clipping: bool = True
     shifts: bool = True
     alpha: float = Field(default=0.1, gt=0, le=1)
@@ -68,6 +72,16 @@ class Affine(BlockTransform):
     shift_rate: float = Field(default=5e-3, gt=0)
     clip_rate: float = Field(default=1e-1, gt=0)
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.norms == "online" and self.matrices == "diagonal":
+            raise ValueError("norms=online is a full matrix: leave out matrices=diagonal")
+        return self
+
+    def online_size(self, site: NormSite, width: int) -> int | None:
+        """See `BlockTransform.online_size`."""
+        return width if self.norms == "online" else None
+
     def fit(self, problem: BlockProblem) -> BlockFit:
         """See `BlockTransform.fit`."""
         settings = MaskSettings(
@@ -75,8 +89,16 @@ class Affine(BlockTransform):
         )
         full = self.matrices == "full"
         found = [
-            learned_at(s, problem.weights, problem.heads, settings, full=full, shifts=self.shifts)
-            for s in problem.sites
+            learned_at(
+                site,
+                problem.weights,
+                problem.heads,
+                settings,
+                full=full,
+                shifts=self.shifts,
+                online=self.norms == "online",
+            )
+            for site in problem.sites
         ]
         state = _State(
             [one for one in found if one is not None],

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from bitfold.models.family import Site
+from bitfold.models.family import NormSite, Site
 from bitfold.numerics import Scheme
 from bitfold.part import Part
 from bitfold.transforms.groups import Heads, Transform
@@ -69,3 +69,7 @@ class BlockTransform(Part):
     @abstractmethod
     def fit(self, problem: BlockProblem) -> BlockFit:
         """Transforms and clipping of the least loss found; never worse than doing nothing."""
+
+    def online_size(self, site: NormSite, width: int) -> int | None:
+        """The blocks' size where it leaves a matrix behind a norm of this width, which runs; None: all is folded."""
+        return None

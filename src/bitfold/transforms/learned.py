@@ -18,6 +18,7 @@ from bitfold.transforms.groups import (
     HeadMatrix,
     Heads,
     NormedPairScale,
+    OnlineMatrix,
     RotaryScale,
     Transform,
     Weights,
@@ -104,11 +105,11 @@ class _NormedPair(Learned):
 
 
 class _Matrix(Learned):
-    """A∘GM per KV head, [K, H, H]."""
+    """A∘GM per KV head [K, H, H], or behind a norm, where it runs, as one head [1, n, n]."""
 
     def __init__(
         self,
-        site: ValueOutput | QueryKey,
+        site: NormSite | ValueOutput | QueryKey,
         heads: Heads,
         shift: bool,
         settings: MaskSettings,
@@ -135,7 +136,10 @@ class _Matrix(Learned):
         blocks = self.scales[0] * self._mask
         precise = blocks.double() if self._settings.precision == "mixed" else blocks
         inverse = torch.linalg.inv(precise).to(blocks.dtype)
-        return HeadMatrix(self._site, blocks, inverse, self.shifts[0] if self.shifts else None)
+        shift = self.shifts[0] if self.shifts else None
+        if isinstance(self._site, NormSite):
+            return OnlineMatrix(self._site, blocks, inverse, shift)
+        return HeadMatrix(self._site, blocks, inverse, shift)
 
     def report(self) -> dict[str, float]:
         blocks = (self.scales[0].detach() * self._mask).double()
@@ -153,16 +157,20 @@ def learned_at(
     *,
     full: bool,
     shifts: bool,
+    online: bool = False,
 ) -> Learned | None:
     """The parameters for a site, or None where nothing of the kind can stand.
 
     weights: float32 or float64, the precision of what is learned. full: matrices per head where the group has them,
-    else diagonals. shifts: where biases can carry one.
+    else diagonals. shifts: where biases can carry one. online: a full matrix behind a norm, which then runs.
     """
     like = next(iter(weights.values()))
     if isinstance(site, NormSite):
         carried = shifts and _have_bias(weights, site.norm, *site.readers)
-        return _Scale(site, weights[f"{site.norm}.weight"].numel(), carried, like)
+        width = weights[f"{site.norm}.weight"].numel()
+        if online:
+            return _Matrix(site, Heads(1, 1, width), carried, settings, like)
+        return _Scale(site, width, carried, like)
     if isinstance(site, ValueOutput):
         carried = shifts and _have_bias(weights, site.value, site.output)
         if full:
