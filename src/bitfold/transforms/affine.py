@@ -54,7 +54,7 @@ class Affine(BlockTransform):
 
     needs = frozenset[Need]({"loss"})
 
-    epochs: int = Field(default=10, ge=0)
+    epochs: int = Field(default=5, ge=0)
     batch: int = Field(default=2, ge=1)
     matrices: Literal["full", "diagonal"] = "full"
     norms: Literal["folded", "online"] = "folded"
