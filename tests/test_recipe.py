@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 
+from bitfold.corrections import CORRECTIONS
 from bitfold.errors import RecipeError
 from bitfold.models.checkpoint import Checkpoint
 from bitfold.models.skeleton import Skeleton
@@ -19,8 +20,15 @@ from models_zoo import Zoo
 
 
 def names(recipe: Recipe) -> list[str]:
-    by_class = {part: name for name, part in (TRANSFORMS | RANGES | ROUNDINGS).items()}
-    parts = (*recipe.transforms, recipe.weight_range, recipe.activation_range, recipe.rounding)
+    known = TRANSFORMS | CORRECTIONS | RANGES | ROUNDINGS
+    by_class = {part: name for name, part in known.items()}
+    parts = (
+        *recipe.transforms,
+        *recipe.corrections,
+        recipe.weight_range,
+        recipe.activation_range,
+        recipe.rounding,
+    )
     return [by_class[type(part)] for part in parts]
 
 
@@ -45,6 +53,8 @@ def test_every_method_is_a_recipe_that_says_what_it_is(method: str) -> None:
         ("smoothquant+awq", ["smoothquant", "awq", "output_error", "minmax", "nearest"], True),
         ("awq + smoothquant", ["awq", "smoothquant", "output_error", "minmax", "nearest"], True),
         ("gptq", ["minmax", "minmax", "gptq"], True),
+        ("qep", ["qep", "minmax", "minmax", "gptq"], True),
+        ("magr+qep", ["magr", "qep", "minmax", "minmax", "gptq"], True),
         ("awq+gptq", ["awq", "output_error", "minmax", "gptq"], True),
         ("awq+rtn", ["awq", "output_error", "minmax", "nearest"], True),
     ],

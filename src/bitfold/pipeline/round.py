@@ -6,6 +6,7 @@ from torch import Tensor
 
 from bitfold.models.skeleton import Skeleton
 from bitfold.numerics import QuantizedTensor, TensorScheme, to_groups
+from bitfold.part import Need
 from bitfold.pipeline.hooks import InputQuantizer
 from bitfold.pipeline.measure import input_statistics
 from bitfold.pipeline.plan import Plan
@@ -30,12 +31,14 @@ def round_block(
     """Codes of the block's weights by layer, and what the user should read.
 
     Layers with the same input are solved together, in the order of the family's `inputs`. Statistics are of what the
-    layers multiply, inputs quantized; where the rounding asks for them, layers before are rounded too, at the price of
-    a pass for every input.
+    layers multiply, inputs quantized; where a correction or the rounding asks for them, layers before are rounded too,
+    at the price of a pass for every input.
     """
     recipe = plan.recipe
     schemes = plan.block_schemes(skeleton.block_name(index))
-    needs = recipe.weight_range.needs | recipe.rounding.needs
+    late = (*recipe.corrections, recipe.rounding)
+    sequential = frozenset[Need]().union(*(part.needs for part in late))
+    needs = recipe.weight_range.needs | sequential
     weights = dict(folded)
 
     def measure(*names: str) -> dict[str, InputStatistics]:
@@ -44,7 +47,7 @@ def round_block(
             inputs=inputs, original=folded, names=names,
         )  # fmt: skip
 
-    at_once = {} if recipe.rounding.needs else measure(*(one[0] for one in skeleton.family.inputs))
+    at_once = {} if sequential else measure(*(one[0] for one in skeleton.family.inputs))
     found: dict[str, QuantizedTensor] = {}
     notes: list[str] = []
     for shared in skeleton.family.inputs:
@@ -55,6 +58,9 @@ def round_block(
         layers = {}
         for name, scheme in rounded.items():
             weight = folded[f"{name}.weight"].float()
+            for correction in recipe.corrections:
+                assert statistics is not None
+                weight = correction.apply(weight, scheme, statistics)
             limits = _limits(weight, scheme, recipe, statistics, clipping.get(name))
             layers[name] = Layer(weight, limits, scheme)
         result = recipe.rounding.solve(layers, plan.storage, statistics)

@@ -53,9 +53,13 @@ class Gptq(Rounding):
         return self.solve_with(layers, scale_dtype, statistics.gram)
 
     def solve_with(
-        self, layers: Mapping[str, Layer], scale_dtype: torch.dtype, gram: Tensor
+        self,
+        layers: Mapping[str, Layer],
+        scale_dtype: torch.dtype,
+        gram: Tensor,
+        cross: Tensor | None = None,
     ) -> Rounded:
-        """The same, given H [in, in]."""
+        """The same, given H [in, in]; with E[(x₀ − x)xᵀ], the original model's x₀, errors of earlier layers count."""
         factor = inverse_factor(gram, self.damping, by_activation=self.order == "activation")
         notes = []
         if factor.damping > self.damping:
@@ -67,9 +71,9 @@ class Gptq(Rounding):
         nearest = Nearest().solve(layers, scale_dtype).tensors
         tensors = {}
         for name, layer in layers.items():
-            found = spread_error(layer, scale_dtype, factor, self.block)
+            found = spread_error(layer, scale_dtype, factor, self.block, cross)
             if self.keep_better:
-                found = _better_rows(layer.weight, found, nearest[name], gram)
+                found = _better_rows(layer.weight, found, nearest[name], gram, cross)
             tensors[name] = found
         return Rounded(tensors, notes)
 
@@ -116,9 +120,16 @@ def _factor_of_inverse(matrix: Tensor) -> tuple[Tensor, bool]:
 
 
 def spread_error(
-    layer: Layer, scale_dtype: torch.dtype, factor: InverseFactor, block: int
+    layer: Layer,
+    scale_dtype: torch.dtype,
+    factor: InverseFactor,
+    block: int,
+    cross: Tensor | None = None,
 ) -> QuantizedTensor:
-    """Codes of one weight, column after column in the factor's order."""
+    """Codes of one weight, column after column in the factor's order.
+
+    cross: E[(x₀ − x)xᵀ] [in, in]; with it each step also makes up for what earlier layers did to the column (GPTAQ).
+    """
     scheme = layer.scheme
     scale, zero = scale_and_zero(*layer.limits, scheme, scale_dtype)
     rows, columns = layer.weight.shape
@@ -126,6 +137,7 @@ def spread_error(
     zeros = None if zero is None else zero.reshape(scales.shape[0], -1).expand(rows, -1)
     width = columns // scales.shape[1]
     rest = layer.weight[:, factor.order].to(factor.upper.dtype)
+    drift = None if cross is None else _drift(cross, factor)
     codes = torch.empty(rows, columns, dtype=code_dtype(scheme), device=rest.device)
     for start in range(0, columns, block):
         stop = min(start + block, columns)
@@ -141,7 +153,11 @@ def spread_error(
             codes[:, original] = code
             errors[:, j] = (column - dequantize(code, step, zero_j, scheme)) / upper[j, j]
             current[:, j + 1 :] -= errors[:, j, None] * upper[j, j + 1 :]
+            if drift is not None:
+                current[:, j + 1 :] += column[:, None] * drift[start + j, start + j + 1 : stop]
         rest[:, stop:] -= errors @ factor.upper[start:stop, stop:]
+        if drift is not None:
+            rest[:, stop:] += current @ drift[start:stop, stop:]
     return QuantizedTensor(
         codes,
         scale.flatten(1).to(scale_dtype),
@@ -150,14 +166,28 @@ def spread_error(
     )
 
 
+def _drift(cross: Tensor, factor: InverseFactor) -> Tensor:
+    """P = ((C L) ⊙ M) Lᵀ with L = Uᵀ, H⁻¹ = L Lᵀ, and M strictly upper triangular; in the factor's order."""
+    turned = cross[factor.order][:, factor.order]
+    return (turned @ factor.upper.T).triu(diagonal=1) @ factor.upper
+
+
 def _better_rows(
-    weight: Tensor, found: QuantizedTensor, nearest: QuantizedTensor, gram: Tensor
+    weight: Tensor,
+    found: QuantizedTensor,
+    nearest: QuantizedTensor,
+    gram: Tensor,
+    cross: Tensor | None,
 ) -> QuantizedTensor:
-    """Per row the codes of smaller error δ H δᵀ; both have the same scales."""
+    """Per row the codes of smaller error δ H δᵀ + 2 w C δᵀ: ‖w x₀ − ŵ x‖² up to a constant. The scales are the same."""
+    pulled = None if cross is None else 2 * weight @ cross.to(weight.dtype)
 
     def error(tensor: QuantizedTensor) -> Tensor:
         difference = weight - tensor.dequantize(weight.dtype)
-        return ((difference @ gram.to(weight.dtype)) * difference).sum(dim=1, keepdim=True)
+        product = difference @ gram.to(weight.dtype)
+        if pulled is not None:
+            product += pulled
+        return (product * difference).sum(dim=1, keepdim=True)
 
     codes = torch.where(error(found) <= error(nearest), found.codes, nearest.codes)
     return QuantizedTensor(codes, found.scale, found.zero, found.scheme)
