@@ -92,7 +92,8 @@ MAY_REACH = {
     "numerics": ("errors",),
     "statistics": ("part",),
     "ranges": ("errors", "numerics", "part"),
-    "rounding": ("errors", "numerics", "part"),
+    "corrections": ("errors", "numerics", "part", "statistics"),
+    "rounding": ("statistics", "errors", "numerics", "part"),
     "transforms": ("errors", "models", "numerics", "part", "statistics"),
     "export": ("errors", "numerics"),
 }

@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from bitfold.cli import _named_files, _progress, app
 from bitfold.errors import DataError
+from bitfold.version import VERSION
 
 COMMANDS = ("quantize", "eval", "verify", "inspect", "recipes", "generate", "demo")
 
@@ -22,6 +23,10 @@ def test_help_lists_every_command() -> None:
     for arguments in ([], ["--help"], ["-h"]):
         shown = CliRunner().invoke(app, arguments).output
         assert all(command in shown for command in COMMANDS)
+
+
+def test_version() -> None:
+    assert CliRunner().invoke(app, ["--version"]).output.strip() == VERSION
 
 
 def test_names_of_texts(tmp_path: Path) -> None:

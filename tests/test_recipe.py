@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 
+from bitfold.corrections import CORRECTIONS
 from bitfold.errors import RecipeError
 from bitfold.models.checkpoint import Checkpoint
 from bitfold.models.skeleton import Skeleton
@@ -19,8 +20,15 @@ from models_zoo import Zoo
 
 
 def names(recipe: Recipe) -> list[str]:
-    by_class = {part: name for name, part in (TRANSFORMS | RANGES | ROUNDINGS).items()}
-    parts = (*recipe.transforms, recipe.weight_range, recipe.activation_range, recipe.rounding)
+    known = TRANSFORMS | CORRECTIONS | RANGES | ROUNDINGS
+    by_class = {part: name for name, part in known.items()}
+    parts = (
+        *recipe.transforms,
+        *recipe.corrections,
+        recipe.weight_range,
+        recipe.activation_range,
+        recipe.rounding,
+    )
     return [by_class[type(part)] for part in parts]
 
 
@@ -44,6 +52,10 @@ def test_every_method_is_a_recipe_that_says_what_it_is(method: str) -> None:
         ("awq", ["awq", "output_error", "minmax", "nearest"], True),
         ("smoothquant+awq", ["smoothquant", "awq", "output_error", "minmax", "nearest"], True),
         ("awq + smoothquant", ["awq", "smoothquant", "output_error", "minmax", "nearest"], True),
+        ("gptq", ["minmax", "minmax", "gptq"], True),
+        ("qep", ["qep", "minmax", "minmax", "gptq"], True),
+        ("magr+qep", ["magr", "qep", "minmax", "minmax", "gptq"], True),
+        ("awq+gptq", ["awq", "output_error", "minmax", "gptq"], True),
         ("awq+rtn", ["awq", "output_error", "minmax", "nearest"], True),
     ],
 )
@@ -80,6 +92,7 @@ def test_needs_are_those_of_the_parts() -> None:
         ("weight_range={mse: {power: 2.4}}", "weight_range.power", 2.4),
         ("stream=original", "stream", "original"),
         ("seed=7", "seed", 7),
+        ("rounding=gptq", "rounding.order", "activation"),
     ],
 )
 def test_set(item: str, where: str, value: object) -> None:
@@ -87,6 +100,14 @@ def test_set(item: str, where: str, value: object) -> None:
     for step in where.split("."):
         found = found[int(step)] if step.isdigit() else getattr(found, step)
     assert found == value
+
+
+def test_off_is_a_word_not_a_boolean(file: Path) -> None:
+    recipe = Recipe.make("affine", set=["affine.dominance=off"])
+    assert recipe.transforms[-1].dominance == "off"
+    file.write_text("transforms:\n  - affine: {dominance: off, shifts: false}\n")
+    read = Recipe.make(file=file).transforms[0]
+    assert (read.dominance, read.shifts) == ("off", False)
 
 
 def test_several_settings_and_the_last_word() -> None:

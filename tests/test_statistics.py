@@ -76,3 +76,13 @@ def test_float64_stays_float64() -> None:
     statistics.update(stream(8).double() + 1e-12)
     kept = (statistics.gram, statistics.absmax, statistics.absmean, statistics.rows)
     assert {value.dtype for value in kept} == {torch.float64}
+
+
+def test_cross_is_what_correlates_of_the_original_models_difference() -> None:
+    x, original = stream(101), stream(101) * 1.5 + 1
+    statistics = InputStatistics(frozenset({"cross"}), 101)
+    for piece, exact in zip(x.split([33, 68]), original.split([33, 68]), strict=True):
+        statistics.update(piece.unsqueeze(0), exact.unsqueeze(0))
+    x64, exact64 = x.double().numpy(), original.double().numpy()
+    expected = (exact64 - x64).T @ x64 / 101
+    np.testing.assert_allclose(statistics.cross.numpy(), expected, rtol=1e-4, atol=1e-4)

@@ -14,11 +14,18 @@ from typer.core import TyperGroup
 
 from bitfold.errors import BitfoldError, DataError, did_you_mean
 from bitfold.report import terminal
+from bitfold.version import VERSION
 
 __all__ = ["app", "main"]
 
 # typer brings its own copy of click and exports only this leaf of its errors: the root is ClickException.
 _USAGE_ERROR: Any = typer.BadParameter.__mro__[2]
+
+
+_OUT_OF_MEMORY = (
+    "The memory ran out: take fewer --samples, a shorter --sequence-length or a narrower --dtype, "
+    "or free memory and run the same command again, which goes on where it was."
+)
 
 
 class _Commands(TyperGroup):
@@ -40,6 +47,22 @@ app = typer.Typer(
     help="Makes language models small enough for the machine in front of you.\n\n"
     "Start with [bold]bitfold demo[/], then: bitfold quantize MODEL -o OUT",
 )
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(VERSION)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="The version.")
+    ] = False,
+) -> None:
+    """Options of the whole."""
+
 
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout, nothing else.")
@@ -292,10 +315,22 @@ def main() -> None:
         sys.exit(130)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        _fail(_OUT_OF_MEMORY, "OutOfMemory", wants_json, code=1)
     except BitfoldError as error:
         _fail(str(error), type(error).__name__, wants_json, code=1)
     except _USAGE_ERROR as error:
+        if not error.format_message():  # no arguments: the help was shown
+            sys.exit(2)
         _fail(str(BitfoldError(_usage_sentence(error))), "UsageError", wants_json, code=2)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether Python's, PyTorch's or CUDA's allocator gave up."""
+    said = str(error)
+    return isinstance(error, MemoryError) or "allocate memory" in said or "out of memory" in said
 
 
 def _fail(sentence: str, kind: str, wants_json: bool, code: int) -> NoReturn:
@@ -311,12 +346,8 @@ def _usage_sentence(error: Any) -> str:
         return str(error.format_message())
     command = error.ctx.command_path
     if hasattr(error, "possibilities"):  # of an option that there is not
-        known = [
-            name
-            for parameter in error.ctx.command.params
-            for name in parameter.opts
-            if name.startswith("--")
-        ]
+        options = error.ctx.command.get_params(error.ctx)
+        known = [name for option in options for name in option.opts if name.startswith("--")]
         return f"`{command}` has no option '{error.option_name}': {did_you_mean(error.option_name, known)}"
     return f"{error.format_message().rstrip('.')}: see `{command} --help`"
 
@@ -403,6 +434,8 @@ def _print_quantization(result: Any) -> None:
         f"KL to the original on {result.probe['tokens']} probe tokens: {result.probe['kl_mean']:.4f} nats "
         f"(measure your own text: bitfold eval {escape(str(result.out))} --text FILE --against MODEL)"
     )
+    if result.online is not None:
+        console.print(f"[yellow]online[/] {escape(result.online['note'])}")
     for note in result.notes:
         console.print(f"[yellow]note[/] {escape(note)}")
     console.print("\n[bold]Use it[/]")

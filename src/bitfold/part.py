@@ -6,9 +6,9 @@ from pydantic import BaseModel, ConfigDict
 
 __all__ = ["Need", "Part"]
 
-Need = Literal["gram", "channels", "rows", "loss"]
-"""What a part may ask of the block loop: the inputs' second moment, per-channel magnitudes,
-a sample of input rows, or the block's loss as a differentiable function."""
+Need = Literal["gram", "cross", "channels", "rows", "loss"]
+"""What a part may ask of the block loop: the inputs' second moment, what correlates with them of the error that earlier
+layers made, per-channel magnitudes, a sample of input rows, or the block's loss as a differentiable function."""
 
 
 class Part(BaseModel):

@@ -1,9 +1,10 @@
-"""What a user may ask for: a scheme, and the parts (transforms, ranges, rounding) that make a method.
+"""What a user may ask for: a scheme, and the parts (transforms, corrections, ranges, rounding) that make a method.
 
 A recipe is checked whole before anything is read: unknown keys, options and methods are answered with the nearest
 right one. Every published method is a YAML file in `recipes/`; methods are composed with `+`.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -20,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from bitfold.corrections import CORRECTIONS, Correction
 from bitfold.errors import RecipeError, did_you_mean
 from bitfold.numerics import Scheme
 from bitfold.part import Need, Part
@@ -32,7 +34,8 @@ __all__ = ["LayerRule", "Recipe", "method_names", "method_text"]
 DEFAULT_SCHEME = "w4a16g128"
 _METHODS = Path(__file__).parent / "recipes"
 _TENSORS = ("weight", "activation", "query", "key", "value")
-_PARTS = ("transforms", "weight_range", "activation_range", "rounding", "stream")
+_LISTS = ("transforms", "corrections")
+_PARTS = ("transforms", "corrections", "weight_range", "activation_range", "rounding", "stream")
 
 
 def _part(kind: str, known: Mapping[str, type[Part]]) -> BeforeValidator:
@@ -83,6 +86,7 @@ def _named(known: Mapping[str, type[Part]]) -> PlainSerializer:
 TransformPart = Annotated[
     SiteTransform | BlockTransform, _part("transform", TRANSFORMS), _named(TRANSFORMS)
 ]
+CorrectionPart = Annotated[Correction, _part("correction", CORRECTIONS), _named(CORRECTIONS)]
 RangePart = Annotated[Range, _part("range", RANGES), _named(RANGES)]
 RoundingPart = Annotated[Rounding, _part("rounding", ROUNDINGS), _named(ROUNDINGS)]
 
@@ -114,11 +118,12 @@ class Recipe(BaseModel):
     layers: tuple[LayerRule, ...] = ()
     ignore: tuple[str, ...] = ()
     transforms: tuple[TransformPart, ...] = ()
+    corrections: tuple[CorrectionPart, ...] = ()
     weight_range: RangePart = MinMax()
     activation_range: RangePart = MinMax()
     rounding: RoundingPart = Nearest()
     stream: Literal["original", "quantized"] = "quantized"
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -157,7 +162,7 @@ class Recipe(BaseModel):
         fields["scheme"] = _scheme(scheme or content.get("scheme", DEFAULT_SCHEME), in_schemes)
         fields["layers"] = [_layer_rule(rule, in_schemes) for rule in _list(content, "layers")]
         fields["ignore"] = [*_list(content, "ignore"), *ignore]
-        fields["transforms"] = _list(fields, "transforms")
+        fields |= {slot: _list(fields, slot) for slot in _LISTS}
         if seed is not None:
             fields["seed"] = seed
         for key, value in overrides.items():
@@ -176,7 +181,7 @@ class Recipe(BaseModel):
     @property
     def needs(self) -> frozenset[Need]:
         """What its parts ask of the block loop."""
-        parts = (*self.transforms, self.weight_range, self.rounding)
+        parts = (*self.transforms, *self.corrections, self.weight_range, self.rounding)
         needs = frozenset[Need]().union(*(part.needs for part in parts))
         return needs | ({"rows", "channels"} if self.static_activations else set())
 
@@ -215,18 +220,20 @@ def method_text(name: str) -> str:
 
 
 def _compose(names: object) -> dict[str, Any]:
-    """The fields of methods joined by `+`: transforms follow one another, a later range or rounding replaces."""
+    """The fields of methods joined by `+`: transforms, and corrections, follow one another; a later range or rounding
+    replaces."""
     parts = names.split("+") if isinstance(names, str) else []
     if not all(part.strip() for part in parts) or not parts:
         raise RecipeError(
             f"The method {names!r} is neither a name nor several joined by +, as in smoothquant+awq: "
             f"{did_you_mean(str(names), method_names())}."
         )
-    fields: dict[str, Any] = {"transforms": []}
+    fields: dict[str, Any] = {slot: [] for slot in _LISTS}
     for name in parts:
-        content = yaml.safe_load(method_text(name.strip()))
+        content = _read_yaml(method_text(name.strip()))
         content.pop("summary"), content.pop("paper")
-        fields["transforms"] += content.pop("transforms", [])
+        for slot in _LISTS:
+            fields[slot] += content.pop(slot, [])
         fields |= content
     return fields
 
@@ -235,8 +242,8 @@ def _read_file(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise RecipeError(f"There is no recipe file {file}: check the path, or give a --method.")
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = _read_yaml(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise RecipeError(f"{file} is not valid YAML ({reason}): correct it.") from error
     if not isinstance(content, dict):
@@ -261,6 +268,24 @@ def _list(fields: Mapping[str, Any], key: str) -> list[Any]:
     return list(value)
 
 
+class _Yaml(yaml.SafeLoader):
+    """YAML 1.2's booleans: `off` is a word (dominance: off), only true and false are not."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - as PyYAML has it
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":bool")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+
+
+def _read_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Yaml)
+
+
 def _override(item: str) -> tuple[tuple[str, ...], Any]:
     key, equals, value = item.partition("=")
     if not equals or not key.strip():
@@ -268,9 +293,11 @@ def _override(item: str) -> tuple[tuple[str, ...], Any]:
             f"--set takes key=value, not '{item}': write for example weight.symmetric=true."
         )
     try:
-        return tuple(key.strip().split(".")), yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {item}: '{value}' is not a value YAML can read.") from error
+        return tuple(key.strip().split(".")), _read_yaml(value)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise RecipeError(
+            f"--set {item} has a value that YAML cannot read: write a number, true, false or a word."
+        ) from error
 
 
 def _scheme(text: object, overrides: Mapping[tuple[str, ...], Any]) -> Scheme:
@@ -314,12 +341,12 @@ def _set_option(fields: dict[str, Any], key: tuple[str, ...], value: Any) -> Non
     parts = {name: slot for slot, name in _parts_of(fields)}
     if len(key) == 2 and key[0] in parts:
         slot = parts[key[0]]
-        if slot == "transforms":
+        if slot in _LISTS:
             fields[slot] = [_with_option(part, key, value) for part in fields[slot]]
         else:
             fields[slot] = _with_option(fields[slot], key, value)
         return
-    if key[0] in (*TRANSFORMS, *RANGES, *ROUNDINGS):
+    if key[0] in (*TRANSFORMS, *CORRECTIONS, *RANGES, *ROUNDINGS):
         raise RecipeError(
             f"'{'.'.join(key)}' is an option of {key[0]}, which the method {fields['method']} does not have: "
             "choose another --method, or leave it out."
@@ -334,7 +361,7 @@ def _set_option(fields: dict[str, Any], key: tuple[str, ...], value: Any) -> Non
 
 def _parts_of(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
     slots = [(slot, fields.get(slot)) for slot in ("weight_range", "activation_range", "rounding")]
-    slots += [("transforms", part) for part in fields["transforms"]]
+    slots += [(slot, part) for slot in _LISTS for part in fields[slot]]
     return [
         (slot, part if isinstance(part, str) else next(iter(part))) for slot, part in slots if part
     ]

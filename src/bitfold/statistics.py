@@ -21,7 +21,8 @@ def widened(x: Tensor) -> Tensor:
 class InputStatistics:
     """Statistics of one input of width d, accumulated batch by batch in float32 (float64 where it comes in that).
 
-    gram: [d, d] second moment E[xxᵀ] (kept as a sum; `gram` divides). channels: per-channel minimum, maximum,
+    gram: [d, d] second moment E[xxᵀ] (kept as a sum; `gram` divides). cross: [d, d] E[(x₀ − x)xᵀ] with the original
+    model's input x₀. channels: per-channel minimum, maximum,
     mean magnitude [d]. rows: up to `ROWS` input rows [n, d], evenly spaced over the stream.
     """
 
@@ -29,14 +30,19 @@ class InputStatistics:
     expected_tokens: int
     count: int = 0
     _gram: Tensor | None = None
+    _cross: Tensor | None = None
     _minimum: Tensor | None = None
     _maximum: Tensor | None = None
     _magnitude: Tensor | None = None
     _rows: list[Tensor] = field(default_factory=list)
 
-    def update(self, x: Tensor) -> None:
-        """Add inputs [..., d]."""
+    def update(self, x: Tensor, original: Tensor | None = None) -> None:
+        """Add inputs [..., d]; `original`: the original model's on the same tokens, for `cross`."""
         x = widened(x.detach().flatten(0, -2))
+        if "cross" in self.needs:
+            assert original is not None
+            product = (widened(original.detach().flatten(0, -2)) - x).T @ x
+            self._cross = product if self._cross is None else self._cross.add_(product)
         start, self.count = self.count, self.count + x.shape[0]
         if "gram" in self.needs:
             product = x.T @ x
@@ -59,6 +65,12 @@ class InputStatistics:
         """E[xxᵀ], [d, d]."""
         assert self._gram is not None
         return self._gram / self.count
+
+    @property
+    def cross(self) -> Tensor:
+        """E[(x₀ − x)xᵀ], [d, d]."""
+        assert self._cross is not None
+        return self._cross / self.count
 
     @property
     def minimum(self) -> Tensor:

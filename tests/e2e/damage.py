@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 __all__ = [
+    "cast",
     "cut",
     "drop",
     "edit_config",
@@ -62,6 +63,17 @@ def poison(tensor: str, value: float) -> Callable[[Path], None]:
     def change(model: Path) -> None:
         tensors = load_file(model / WEIGHTS)
         tensors[tensor].view(-1)[7] = value
+        save_file(tensors, model / WEIGHTS, metadata={"format": "pt"})
+
+    return change
+
+
+def cast(tensor: str, dtype: torch.dtype) -> Callable[[Path], None]:
+    """A tensor of another dtype."""
+
+    def change(model: Path) -> None:
+        tensors = load_file(model / WEIGHTS)
+        tensors[tensor] = tensors[tensor].to(dtype)
         save_file(tensors, model / WEIGHTS, metadata={"format": "pt"})
 
     return change

@@ -4,6 +4,7 @@ Each case is a name, what is done beforehand, the command, and words that the se
 of the embedded model, `{artifact}` of an artifact of it, `{out}` a free place, `{dir}` where they all lie.
 """
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from commands import Outcome, Run
 from damage import (
     INDEX,
     WEIGHTS,
+    cast,
     cut,
     drop,
     edit_config,
@@ -88,6 +90,10 @@ WEIGHTS_CASES = [
     case("empty weights", model(write(WEIGHTS, b"")), QUANTIZE, WEIGHTS, "truncated"),
     case("weights of an unknown dtype", model(write(WEIGHTS, raw_header("F8_E8M0"))), QUANTIZE,
          "odd", WEIGHTS, "F8_E8M0"),
+    case("weights of integers", model(cast("model.layers.2.mlp.up_proj.weight", torch.int8)), QUANTIZE,
+         "model.layers.2.mlp.up_proj.weight", WEIGHTS, "int8", "original"),
+    case("weights of fp8", model(cast("model.norm.weight", torch.float8_e4m3fn)), QUANTIZE, "model.norm.weight",
+         "float8_e4m3fn"),
     case("no weights", model(drop(WEIGHTS)), QUANTIZE, "has no weights", WEIGHTS),
     case("weights under another name", model(swap(WEIGHTS, "weights.safetensors")), QUANTIZE,
          "weights.safetensors", "rename"),
@@ -200,6 +206,10 @@ RECIPE_CASES = [
     case("--set of too deep a key", None, f"{QUANTIZE} --set weight.bits.more=1", "weight.bits.more"),
     case("--set of a bare tensor", None, f"{QUANTIZE} --set weight=4", "weight"),
     case("--set of a scheme", None, f"{QUANTIZE} --set scheme=w9a16", "w9a16"),
+    case("--set of endless depth", None, f"{QUANTIZE} --set a={'[' * 3000}", "--set", "YAML"),
+    case("YAML of endless depth", write("recipe.yaml", "[" * 5000), RECIPE, "recipe.yaml", "not valid YAML"),
+    case("negative seed", None, f"{QUANTIZE} --seed -1", "seed=-1"),
+    case("endless seed", None, f"{QUANTIZE} --seed {10**30}", "seed=1000"),
     case("seed is no number", None, f"{QUANTIZE} --seed lucky", "--seed", "integer", "--help", code=2),
 ]  # fmt: skip
 
@@ -300,6 +310,8 @@ OTHER_CASES = [
     case("inspect of a broken report", artifact(write("report.json", "{")), "inspect {artifact}", "report.json"),
     case("generate of nothing", None, "generate {dir}/nothing --prompt hello", "nothing"),
     case("generate from nothing", None, "generate {model} --prompt ''", "prompt", "empty"),
+    case("generate from bytes", None, f"generate {{model}} --prompt {os.fsdecode(bytes([97, 255]))}", "prompt",
+         "UTF-8"),
     case("generate without a prompt", None, "generate {model}", "--prompt", code=2),
     case("generate nothing", None, "generate {model} --prompt hello --max-new-tokens 0", "new tokens", "0"),
     case("generate too much", None, "generate {model} --prompt hello --max-new-tokens 9999", "512"),

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -16,7 +17,9 @@ from damage import poison
 import bitfold
 from bitfold.assets import DEMO_MODEL
 from bitfold.errors import OutputError
+from bitfold.pipeline import quantize as pipeline
 from bitfold.pipeline import workdir
+from bitfold.pipeline.job import Job
 
 AWQ = "--method awq --samples 4 --sequence-length 64"
 
@@ -151,6 +154,45 @@ def test_activations_beyond_the_dtype(run: Run, model: Path, tmp_path: Path) -> 
     line = f"quantize {model} -o {tmp_path}/out --dtype float16"
     refused(run, line, "model.layers.3", "not finite in float16", "--dtype")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model"]
+
+
+# --- runs that are broken off ---
+
+BROKEN_OFF = [
+    (KeyboardInterrupt(), 130, "Interrupted: a quantization goes on"),
+    (MemoryError(), 1, "memory ran out"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "--samples"),
+    (
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"),
+        1,
+        "run the same command again",
+    ),
+]
+
+
+@pytest.mark.parametrize(("raised", "code", "words"), BROKEN_OFF)
+def test_a_run_that_is_broken_off_goes_on(
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    raised: BaseException,
+    code: int,
+    words: str,
+) -> None:
+    line = f"quantize {DEMO_MODEL} -o {tmp_path}/out"
+    real = pipeline.step
+
+    def step(job: Job, index: int, *arguments: Any) -> Any:
+        if index == 4:
+            raise raised
+        return real(job, index, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "step", step)
+        outcome = run(line)
+    assert outcome.code == code
+    assert words in outcome.err.splitlines()[-1]
+    assert run(f"{line} --json").json["resumed_blocks"] == 4
 
 
 # --- real processes ---

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,8 +30,8 @@ from tiny_artifacts import (
 from transformers import AutoModelForCausalLM
 
 from bitfold.errors import CheckpointError, RecipeError
-from bitfold.export import native
-from bitfold.export.layout import Refusal, WeightFormat
+from bitfold.export import choose_format, native
+from bitfold.export.layout import OnlineEntry, Refusal, WeightFormat
 from bitfold.numerics import QuantizedTensor, Scheme, TensorScheme
 from models_zoo import Zoo
 
@@ -192,6 +193,50 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_refuses_what_cannot_run(case: str) -> None:
     assert isinstance(native.choose(tiny_layout(REFUSED[case])), Refusal)
+
+
+ONLINE = {
+    "model.layers.0.input_layernorm": OnlineEntry(1, 64),
+    "model.layers.1.input_layernorm": OnlineEntry(4, 16),
+    "model.layers.2.input_layernorm": OnlineEntry(1, 64),
+}
+
+
+def test_what_runs_is_for_this_format_and_goes_with_packed_weights() -> None:
+    layout = replace(tiny_layout(everywhere(scheme("w4a16"))), online=ONLINE)
+    format, _, notes = choose_format(layout)
+    assert format is native
+    assert "behind a norm (model.layers.0.input_layernorm)" in notes[0]
+    unpacked = replace(tiny_layout(everywhere(scheme("w16a4"))), online=ONLINE)
+    with pytest.raises(RecipeError, match="would drop them unseen"):
+        choose_format(unpacked)
+
+
+def test_what_runs_comes_back() -> None:
+    layout = tiny_layout(everywhere(scheme("w4a16")))
+    choice = native.choose(layout)
+    assert not isinstance(choice, Refusal)
+    assert "online" not in native.config(layout, choice)
+    assert native.read_online(native.config(layout, choice)) == {}
+    config = json.loads(json.dumps(native.config(replace(layout, online=ONLINE), choice)))
+    assert len(config["online"]) == 2
+    assert native.read_online(config) == ONLINE
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        None,
+        3,
+        [{}],
+        [{"kind": "block-diagonal", "blocks": 0, "size": 64, "modules": []}],
+        [{"kind": "block-diagonal", "blocks": "1", "size": 64, "modules": []}],
+        [{"kind": "hadamard", "blocks": 1, "size": 64, "modules": []}],
+    ],
+)
+def test_what_runs_and_is_damaged(damaged: object) -> None:
+    with pytest.raises(CheckpointError, match="is damaged"):
+        native.read_online({"online": damaged})
 
 
 def test_config_comes_back() -> None:

@@ -20,7 +20,7 @@ from bitfold.pipeline.plan import Plan, make_plan
 from bitfold.pipeline.streams import Streams
 from bitfold.recipe import Recipe
 from bitfold.transforms import SiteTransform, Transform
-from bitfold.transforms.groups import Diagonal
+from bitfold.transforms.groups import Diagonal, OnlineMatrix
 from models_zoo import TOKENS, Zoo, exact_norms
 from reference import relative, round_tensor
 
@@ -204,7 +204,7 @@ def test_smoothquant_is_the_independent_simulation(checkpoint: Zoo) -> None:
 
 
 class Broken(SiteTransform):
-    """A diagonal that takes the wrong thing for granted at one kind of site."""
+    """A transform that takes the wrong thing for granted at one kind of site."""
 
     needs = frozenset[Need]({"channels"})
 
@@ -218,6 +218,9 @@ class Broken(SiteTransform):
             return Diagonal(NormSite(site.norm, site.readers, 0.0), scale)
         if self.where == "reader left out" and isinstance(site, NormSite):
             return Diagonal(NormSite(site.norm, site.readers[:1], site.offset), scale)
+        if self.where == "online reader left out" and isinstance(site, NormSite):
+            blocks = scale.view(-1, 1, 1)
+            return OnlineMatrix(NormSite(site.norm, site.readers[:1]), blocks, 1 / blocks)
         if isinstance(site, FcPair) and self.where in ("gelu", "negative"):
             inner = torch.linspace(0.5, 2, 96, dtype=FLOAT64)
             inner[0] *= -1 if self.where == "negative" else 1
@@ -232,6 +235,7 @@ class Broken(SiteTransform):
         ("gemma3", "offset"),
         ("qwen3", "reader left out"),
         ("llama", "reader left out"),
+        ("llama", "online reader left out"),
         ("opt-gelu", "gelu"),
         ("opt", "negative"),
         ("opt-350m", "negative"),
@@ -259,6 +263,46 @@ def test_every_method_in_every_dtype(method: str, dtype: torch.dtype, checkpoint
         original = exact.skeleton.run(0, weights, exact.hidden).numpy()
     found = run_quantized(run.skeleton, 0, run.block, dtype)(run.hidden).double().numpy()
     assert relative(found, original) < 1.3 * relative(exact.output(), original)
+
+
+class Mixed(SiteTransform):
+    """A matrix of two blocks behind every norm, which stays there and runs."""
+
+    needs = frozenset[Need]({"channels"})
+
+    def fit(
+        self, site: Site, weights: object, statistics: object, schemes: object, heads: object
+    ) -> Transform | None:
+        if not isinstance(site, NormSite):
+            return None
+        generator = torch.Generator().manual_seed(0)
+        blocks = torch.eye(32, dtype=FLOAT64) + 0.05 * torch.randn(
+            2, 32, 32, dtype=FLOAT64, generator=generator
+        )
+        return OnlineMatrix(site, blocks, torch.linalg.inv(blocks))
+
+    def online_size(self, site: NormSite, width: int) -> int:
+        return width // 2
+
+
+@pytest.mark.parametrize("dtype", [FLOAT64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "gemma", "opt"])
+def test_what_runs_is_simulated_as_it_is_stored(
+    family: str, dtype: torch.dtype, checkpoint: Zoo
+) -> None:
+    """In the checkpoint's dtype, whatever it is run in; the fold is an equivalence all the same."""
+    recipe = Recipe(method="mixed", scheme=Scheme.parse("w8a16g32"), transforms=(Mixed(),))
+    run = Run(checkpoint(family, torch.bfloat16), recipe, dtype)
+    assert run.block.folding_error < {FLOAT64: 1e-9, torch.float32: 1e-5}.get(dtype, 2e-2)
+    found = {name: value for name, value in run.block.plain.items() if "online" in name}
+    assert set(found) == {site.online for site in run.plan.sites if isinstance(site, NormSite)}
+    for name, value in found.items():
+        assert (value.dtype, value.shape) == (torch.bfloat16, (2, 32, 32))
+        assert torch.equal(run.block.weights(dtype)[name], value.to(dtype))
+    with torch.no_grad():
+        original = run.skeleton.run(0, run.skeleton.load_block(0, dtype), run.hidden)
+    output = run_quantized(run.skeleton, 0, run.block, dtype)(run.hidden)
+    assert relative(output.double().numpy(), original.double().numpy()) < 0.05
 
 
 def test_the_streams_are_read_not_advanced(checkpoint: Zoo) -> None:

@@ -7,7 +7,8 @@ import torch
 
 from bitfold.numerics import TensorScheme, to_groups
 from bitfold.ranges import MinMax
-from bitfold.rounding import ROUNDINGS
+from bitfold.rounding import ROUNDINGS, Layer, Nearest
+from bitfold.statistics import InputStatistics
 from reference import round_group
 
 SCHEMES = [
@@ -25,13 +26,21 @@ def weight() -> torch.Tensor:
     return torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
 
 
+def _statistics() -> InputStatistics:
+    """Of inputs without any correlation."""
+    statistics = InputStatistics(frozenset({"gram", "cross"}), 64)
+    statistics.update(torch.eye(64), torch.eye(64))
+    return statistics
+
+
 @by_scheme
 @pytest.mark.parametrize("name", ROUNDINGS)
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 def test_the_contract(name: str, scheme: TensorScheme, stored: torch.dtype) -> None:
     x = weight()
     limits = MinMax().limits(to_groups(x, scheme), scheme)
-    tensor = ROUNDINGS[name]().solve(x, limits, scheme, stored, torch.eye(64))
+    layers = {"w": Layer(x, limits, scheme)}
+    tensor = ROUNDINGS[name]().solve(layers, stored, _statistics()).tensors["w"]
     assert tensor.scheme == scheme
     assert tensor.shape == x.shape
     assert tensor.scale.dtype == stored
@@ -52,7 +61,7 @@ def test_nearest_is_the_mathematics(scheme: TensorScheme) -> None:
     groups = to_groups(x, scheme)
     # A range half as wide: a good part is clipped.
     limits = tuple(limit / 2 for limit in MinMax().limits(groups, scheme))
-    tensor = ROUNDINGS["nearest"]().solve(x, limits, scheme, torch.float64)
+    tensor = Nearest().solve({"w": Layer(x, limits, scheme)}, torch.float64).tensors["w"]
     rows = groups.reshape(-1, groups.shape[-1]).tolist()
     ends = torch.cat([limit.reshape(-1, 1) for limit in limits], dim=1).tolist()
     expected = [

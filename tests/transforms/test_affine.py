@@ -3,7 +3,9 @@
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,11 +14,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 import bitfold
+from bitfold.errors import EquivalenceError
 from bitfold.models.family import NormSite
 from bitfold.numerics import Scheme
 from bitfold.transforms.affine import Affine
-from bitfold.transforms.block_transform import BlockProblem
-from bitfold.transforms.groups import Heads
+from bitfold.transforms.block_transform import BlockProblem, Restore
+from bitfold.transforms.groups import HeadMatrix, Heads
 from models_zoo import build
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3", "opt", "opt-350m")
@@ -39,6 +42,11 @@ def _problem(spoil_at: int | None = None) -> tuple[BlockProblem, list[float]]:
             return value * math.nan
         return value
 
+    def linear_loss(
+        weights: Mapping[str, Tensor], windows: Tensor, terms: str, low: bool, restore: Restore
+    ) -> Tensor:
+        return loss(weights, windows, terms, low)
+
     problem = BlockProblem(
         weights={"norm.weight": torch.ones(16), "linear.weight": weight},
         sites=(NormSite("norm", ("linear",)),),
@@ -46,6 +54,7 @@ def _problem(spoil_at: int | None = None) -> tuple[BlockProblem, list[float]]:
         heads=Heads(1, 1, 16),
         windows=8,
         loss=loss,
+        linear_loss=linear_loss,
         seed=0,
         report=lambda done, total, what: None,
     )
@@ -119,3 +128,56 @@ def test_every_family_is_folded_and_costs_nothing(family: str, tmp_path: Path) -
     for fits in content["fits"]:
         assert fits[0]["best"] <= fits[0]["start"]
     assert bitfold.verify(tmp_path / "affine").ok
+
+
+def _quantized(model: Path, out: Path, tokens: Path, *options: str, **more: str) -> dict[str, Any]:
+    """report.json of an affine run."""
+    bitfold.quantize(model, out, method="affine", set=options, calibration=[tokens], **more)
+    return json.loads((out / "report.json").read_text())
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Path:
+    np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(0, 96, (8, 24)))
+    return tmp_path / "tokens.npy"
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_other_precisions_of_the_run(family: str, dtype: str, tokens: Path, tmp_path: Path) -> None:
+    model = build(family, torch.float32, tmp_path / "model")
+    report = _quantized(
+        model, tmp_path / "out", tokens, "affine.epochs=2", scheme="w4a4q4kv4", dtype=dtype
+    )
+    assert max(report["folding_errors"]) < {"float64": 1e-6, "bfloat16": 5e-2}[dtype]
+    for fits in report["fits"]:
+        assert fits[0]["best"] < fits[0]["start"]
+    assert bitfold.verify(tmp_path / "out").ok
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("precision", ["float32", "float64", "mixed"])
+def test_the_scope_of_each_linear_layer(
+    family: str, precision: str, tokens: Path, tmp_path: Path
+) -> None:
+    model = build(family, torch.float32, tmp_path / "model")
+    options = ("affine.epochs=3", "affine.scope=linear", f"affine.precision={precision}")
+    report = _quantized(model, tmp_path / "out", tokens, *options, scheme="w3a8")
+    assert max(report["folding_errors"]) < 1e-4
+    for fits in report["fits"]:
+        assert fits[0]["best"] < fits[0]["start"]
+
+
+def test_what_is_no_equivalence_is_named_by_its_site(
+    tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build("llama", torch.float32, tmp_path / "model")
+    right = HeadMatrix.fold
+
+    def wrong(self: HeadMatrix, *arguments: Any) -> dict[str, Tensor]:
+        return right(replace(self, blocks=self.blocks * 1.5), *arguments)
+
+    monkeypatch.setattr(HeadMatrix, "fold", wrong)
+    with pytest.raises(EquivalenceError, match=r"self_attn\.v_proj -> self_attn\.o_proj"):
+        _quantized(model, tmp_path / "out", tokens, "affine.epochs=1", scheme="w4a16")
+    assert not (tmp_path / "out").exists()

@@ -10,13 +10,24 @@ from transformers import PreTrainedModel
 
 from bitfold.errors import EquivalenceError
 from bitfold.models import family_of
-from bitfold.models.family import FcPair, NormSite, QueryKey, Site, UpDown, ValueOutput, head_counts
+from bitfold.models.family import (
+    ONLINE,
+    FcPair,
+    NormSite,
+    QueryKey,
+    Site,
+    UpDown,
+    ValueOutput,
+    head_counts,
+)
+from bitfold.runtime.online import BlockDiagonal, attach
 from bitfold.transforms.groups import (
     Diagonal,
     HeadMatrix,
     HeadPermutation,
     Heads,
     NormedPairScale,
+    OnlineMatrix,
     Permutation,
     RotaryScale,
     Transform,
@@ -57,7 +68,11 @@ class _Case:
     def site(self, kind: type[Site]) -> Site | None:
         return next((site for site in self.sites if isinstance(site, kind)), None)
 
-    def change(self, make: Callable[[dict[str, Tensor]], Transform | None]) -> float | None:
+    def change(
+        self,
+        make: Callable[[dict[str, Tensor]], Transform | None],
+        storage: torch.dtype | None = None,
+    ) -> float | None:
         """Fold a transform into every block; the relative change of the logits, None if there was none to make."""
         for block in self.model.get_submodule(self.family.blocks):
             weights = {name: value.data for name, value in block.named_parameters()}
@@ -65,7 +80,10 @@ class _Case:
             if transform is None:
                 return None
             assert transform.defect() < 1e-9
-            for name, value in transform.fold(weights, self.heads).items():
+            for name, value in transform.fold(weights, self.heads, storage).items():
+                owner, online, _ = name.partition(f".{ONLINE}.")
+                if online and not hasattr(block.get_submodule(owner), ONLINE):
+                    attach(block.get_submodule(owner), BlockDiagonal(*value.shape[:2]))
                 block.get_parameter(name).data = value
         return float((self.logits() - self.before).norm() / self.before.norm())
 
@@ -92,6 +110,96 @@ def test_norm_takes_a_diagonal_and_a_shift_where_it_has_a_bias(case: _Case) -> N
             return Diagonal(site, _positive(size) * signs, shift if carried else None)
 
         assert case.change(make) < SAME
+
+
+# --- what runs behind a norm ---
+
+
+def _online(site: NormSite, weights: dict[str, Tensor], count: int) -> OnlineMatrix:
+    """A random matrix of so many blocks, and a shift where it can be carried."""
+    width = weights[f"{site.norm}.weight"].numel()
+    carried = _has_biases(weights, site.norm, *site.readers)
+    shift = torch.randn(width, dtype=torch.float64) if carried else None
+    return OnlineMatrix(site, *_matrices(count, width // count), shift)
+
+
+@pytest.mark.parametrize("count", [1, 4], ids=["full", "block-diagonal"])
+def test_any_matrix_may_run_behind_a_norm(case: _Case, count: int) -> None:
+    norms = [site for site in case.sites if isinstance(site, NormSite)]
+    assert len(norms) == 2
+    for site in norms:
+        assert case.change(lambda weights, site=site: _online(site, weights, count)) < SAME
+
+
+def test_what_runs_behind_a_norm_takes_more_and_a_diagonal_too(case: _Case) -> None:
+    """The order in which matrices are multiplied, and a shift that has to go before them."""
+    for site in case.sites:
+        if not isinstance(site, NormSite):
+            continue
+
+        def diagonal(weights: dict[str, Tensor], site: NormSite = site) -> Transform:
+            found = _online(site, weights, 1)
+            return Diagonal(site, _positive(found.blocks.shape[-1]), found.shift)
+
+        for count in (4, 1, 2):
+            assert case.change(lambda w, site=site, n=count: _online(site, w, n)) < SAME
+        gain = _gain(case, site)
+        assert case.change(diagonal) < SAME
+        assert torch.equal(_gain(case, site), gain)
+
+
+def _gain(case: _Case, site: NormSite) -> Tensor:
+    block = case.model.get_submodule(case.family.blocks)[0]
+    return block.get_parameter(f"{site.norm}.weight").data.clone()
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+@pytest.mark.parametrize("wrong", ["side", "inverse", "reader left out", "order"])
+def test_a_matrix_on_the_wrong_side_is_no_equivalence(name: str, wrong: str) -> None:
+    case = _Case(name)
+    site = case.site(NormSite)
+
+    class Wrong(OnlineMatrix):
+        def fold(self, weights, heads, storage=None):
+            before = weights[site.online]
+            right = super().fold(weights, heads, storage)
+            reader = f"{site.readers[0]}.weight"
+            if wrong == "side":
+                right[reader] = weights[reader] @ self.blocks[0]  # A in place of its transpose
+            elif wrong == "inverse":
+                right[site.online] = before @ self.blocks
+            elif wrong == "reader left out":
+                right[reader] = weights[reader]
+            else:
+                right[site.online] = self.blocks_inverse @ before
+            return right
+
+    assert case.change(lambda weights: _online(site, weights, 1)) < SAME
+    change = case.change(lambda w: Wrong(site, *_matrices(1, w[f"{site.norm}.weight"].numel())))
+    assert change > DIFFERENT
+
+
+def test_a_shift_in_front_of_a_matrix_needs_a_bias() -> None:
+    case = _Case("llama")
+    site = case.site(NormSite)
+    ones = torch.ones(64, dtype=torch.float64)
+    with pytest.raises(EquivalenceError, match="no bias"):
+        case.change(lambda w: OnlineMatrix(site, *_matrices(1, 64), ones))
+
+
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float16])
+def test_storage_rounding_of_what_runs_costs_no_equivalence(storage: torch.dtype) -> None:
+    """The second one too, which is multiplied with a rounded one and rounded again."""
+    case = _Case("opt")
+    site = case.site(NormSite)
+    for _ in range(2):
+        assert case.change(lambda weights: _online(site, weights, 1), storage) < SAME
+        block = case.model.get_submodule(case.family.blocks)[0]
+        stored = block.get_parameter(site.online)
+        assert torch.equal(stored, stored.to(storage).double())
+
+
+# --- heads and MLP ---
 
 
 def test_value_output_takes_a_matrix_per_head_and_a_shift(case: _Case) -> None:

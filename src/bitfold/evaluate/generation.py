@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -67,6 +68,8 @@ def generate(
         )
     if not prompt:
         raise DataError("The prompt is empty: give some text to continue.")
+    if re.search("[\ud800-\udfff]", prompt):  # what a shell's bytes become that are no UTF-8
+        raise DataError("The prompt is not UTF-8: convert it, e.g. with iconv -t utf-8.")
     if tokenizer is None:
         if not isinstance(model, str | Path):
             raise DataError("A loaded model does not carry its tokenizer: pass tokenizer=.")

@@ -19,6 +19,7 @@ __all__ = [
     "Choice",
     "LayerEntry",
     "Layout",
+    "OnlineEntry",
     "Refusal",
     "WeightFormat",
     "input_tensors",
@@ -49,6 +50,14 @@ class AttentionEntry:
 
 
 @dataclass(frozen=True)
+class OnlineEntry:
+    """A block-diagonal matrix that runs behind a module: its blocks are [count, size, size]."""
+
+    count: int
+    size: int
+
+
+@dataclass(frozen=True)
 class Layout:
     """A whole model, by module name.
 
@@ -57,12 +66,14 @@ class Layout:
     unquantized:      every other `nn.Linear`, lm_head included.
     flattened_inputs: ends of the names of layers that are given [batch·tokens, features] instead of
                       [batch, tokens, features] (OPT: fc1, fc2).
+    online:           modules behind which a matrix runs, that nothing absorbs.
     """
 
     linears: Mapping[str, LayerEntry]
     attention: Mapping[str, AttentionEntry] = field(default_factory=dict)
     unquantized: Collection[str] = ()
     flattened_inputs: Collection[str] = ()
+    online: Mapping[str, OnlineEntry] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,21 @@
-"""bitfold's own format, for what compressed-tensors cannot say: nf4, keys unlike values, and so on.
+"""bitfold's own format, for what compressed-tensors cannot say: nf4, keys unlike values, matrices that run.
 
 Loaded by `bitfold.runtime.hf_quantizer`. Each weight is packed into int32 words under the name
 `weight`, so that a transformers that does not know the format stops at a shape it did not expect;
 it would otherwise warn, make up the weights that it misses, and go on. `attn_implementation` in
-config.json stops it even before.
+config.json stops it even before. A matrix that runs behind a module NAME is NAME.online.weight, which
+it would drop: so there must be packed weights wherever there are such matrices.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bitfold.errors import CheckpointError
-from bitfold.export.layout import Choice, Layout, Refusal, WeightFormat
+from bitfold.export.layout import Choice, Layout, OnlineEntry, Refusal, WeightFormat
 from bitfold.numerics import QuantizedTensor, Scheme, TensorScheme, pack, unpack
 
 __all__ = [
@@ -23,12 +25,14 @@ __all__ = [
     "extra_config",
     "from_tensors",
     "read_config",
+    "read_online",
     "to_tensors",
     "unpack_weight",
 ]
 
 NAME = "bitfold"
 VERSION = 1
+_MATRIX = "block-diagonal"
 
 
 def choose(layout: Layout) -> Choice | Refusal:
@@ -45,13 +49,19 @@ def choose(layout: Layout) -> Choice | Refusal:
         scheme = attention.scheme
         if any(part and part.static for part in (scheme.query, scheme.key, scheme.value)):
             return Refusal(f"queries, keys and values are dynamic ({name})")
+    if layout.online and all(entry.scheme.weight is None for entry in layout.linears.values()):
+        return Refusal(
+            "matrices that run behind norms go with quantized weights, or else a transformers without "
+            "bitfold would drop them unseen"
+        )
     return Choice(
         {name: WeightFormat(NAME, _strategy(e.scheme)) for name, e in layout.linears.items()}
     )
 
 
 def config(layout: Layout, choice: Choice) -> dict[str, Any]:
-    """The `quantization_config` of config.json: each scheme, and the modules that have it."""
+    """The `quantization_config` of config.json: each scheme, and the modules that have it; `online`, the matrices that
+    run, only where there are any."""
     del choice  # there is one way to say anything
     linears = {
         name: Scheme(weight=entry.scheme.weight, activation=entry.scheme.activation)
@@ -62,12 +72,13 @@ def config(layout: Layout, choice: Choice) -> dict[str, Any]:
         for name, entry in layout.attention.items()
         if entry.scheme.quantizes_attention
     }
-    return {
+    result: dict[str, Any] = {
         "quant_method": NAME,
         "version": VERSION,
         "linears": _by_scheme(linears),
         "attention": _by_scheme(attention),
     }
+    return result | ({"online": _by_shape(layout.online)} if layout.online else {})
 
 
 def read_config(settings: Mapping[str, Any]) -> tuple[dict[str, Scheme], dict[str, Scheme]]:
@@ -80,7 +91,7 @@ def read_config(settings: Mapping[str, Any]) -> tuple[dict[str, Scheme], dict[st
             f"The artifact's format has version {settings.get('version')}, this bitfold reads "
             f"{VERSION}: use the bitfold that wrote it, or quantize again."
         )
-    try:
+    with _undamaged():
         linears, attention = (
             {
                 module: Scheme.model_validate(group["scheme"])
@@ -89,12 +100,33 @@ def read_config(settings: Mapping[str, Any]) -> tuple[dict[str, Scheme], dict[st
             }
             for kind in ("linears", "attention")
         )
+    return linears, attention
+
+
+def read_online(settings: Mapping[str, Any]) -> dict[str, OnlineEntry]:
+    """The matrices that run, by the name of the module they stand behind, that `config` wrote.
+
+    Raises CheckpointError for what is no such matrix.
+    """
+    with _undamaged():
+        found: dict[str, OnlineEntry] = {}
+        for group in settings.get("online", []):
+            if group["kind"] != _MATRIX or min(group["blocks"], group["size"]) < 1:
+                raise ValueError(f"{group['kind']} of {group['blocks']} × {group['size']}")
+            entry = OnlineEntry(group["blocks"], group["size"])
+            found |= dict.fromkeys(group["modules"], entry)
+    return found
+
+
+@contextmanager
+def _undamaged() -> Iterator[None]:
+    try:
+        yield
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             "The quantization_config of config.json is damaged "
             f"({' '.join(str(error).split())}): quantize again."
         ) from error
-    return linears, attention
 
 
 def extra_config(layout: Layout, model_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,4 +199,15 @@ def _by_scheme(schemes: Mapping[str, Scheme]) -> list[dict[str, Any]]:
     return [
         {"scheme": scheme.model_dump(exclude_none=True), "modules": names}
         for scheme, names in modules.items()
+    ]
+
+
+def _by_shape(online: Mapping[str, OnlineEntry]) -> list[dict[str, Any]]:
+    """Distinct matrices, in order of appearance, each with the modules behind which one stands."""
+    modules: dict[OnlineEntry, list[str]] = {}
+    for name, entry in online.items():
+        modules.setdefault(entry, []).append(name)
+    return [
+        {"kind": _MATRIX, "blocks": entry.count, "size": entry.size, "modules": names}
+        for entry, names in modules.items()
     ]

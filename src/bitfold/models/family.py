@@ -11,6 +11,7 @@ from typing import Any, Literal
 from transformers import PretrainedConfig
 
 __all__ = [
+    "ONLINE",
     "Family",
     "FcPair",
     "NormSite",
@@ -23,6 +24,10 @@ __all__ = [
 ]
 
 
+ONLINE = "online"
+"""What stands behind a module and runs, since nothing absorbs it, is a module of its own under this name."""
+
+
 @dataclass(frozen=True)
 class NormSite:
     """norm → readers. `offset` is what the module adds to its stored gain (Gemma: 1)."""
@@ -31,6 +36,16 @@ class NormSite:
     readers: tuple[str, ...]
     offset: float = 0.0
 
+    @property
+    def name(self) -> str:
+        """As people call it, in reports and errors."""
+        return f"{self.norm} -> {', '.join(reader.rpartition('.')[2] for reader in self.readers)}"
+
+    @property
+    def online(self) -> str:
+        """The name among a block's weights of the matrix that runs behind the norm, if there is one."""
+        return f"{self.norm}.{ONLINE}.weight"
+
 
 @dataclass(frozen=True)
 class ValueOutput:
@@ -38,6 +53,11 @@ class ValueOutput:
 
     value: str
     output: str
+
+    @property
+    def name(self) -> str:
+        """As people call it."""
+        return f"{self.value} -> {self.output}"
 
     @property
     def readers(self) -> tuple[str, ...]:
@@ -53,6 +73,11 @@ class UpDown:
     gate: str
 
     @property
+    def name(self) -> str:
+        """As people call it."""
+        return f"{self.up} -> {self.down}"
+
+    @property
     def readers(self) -> tuple[str, ...]:
         return (self.down,)
 
@@ -64,6 +89,11 @@ class FcPair:
     fc1: str
     fc2: str
     homogeneous: bool
+
+    @property
+    def name(self) -> str:
+        """As people call it."""
+        return f"{self.fc1} -> {self.fc2}"
 
     @property
     def readers(self) -> tuple[str, ...]:
@@ -80,6 +110,11 @@ class QueryKey:
     query_norm: str | None = None
     key_norm: str | None = None
     norm_offset: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """As people call it."""
+        return f"{self.query} . {self.key}"
 
     @property
     def readers(self) -> tuple[str, ...]:

@@ -18,9 +18,11 @@ from bitfold.errors import CheckpointError, FamilyError
 from bitfold.models import Family, family_of
 from bitfold.models.checkpoint import Checkpoint
 from bitfold.runtime.attention import ATTENTION
+from bitfold.runtime.online import running_online
 
 __all__ = ["Skeleton", "read_config"]
 
+_WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # Buffers and duplicates that old checkpoints carry and no model needs.
 _IGNORED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
 
@@ -126,9 +128,13 @@ class Skeleton:
         return logits
 
     def run(self, index: int, weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
-        """Block `index` with these weights on hidden [batch, length, hidden]; differentiable."""
+        """Block `index` with these weights on hidden [batch, length, hidden]; differentiable.
+
+        Matrices among the weights that stand behind modules (`NAME.online.weight`) run there.
+        """
         arguments = self._block_arguments(hidden.shape[1], hidden.dtype)[index]
-        output = functional_call(self.blocks[index], dict(weights), (hidden,), arguments)
+        with running_online(self.blocks[index], weights) as parameters:
+            output = functional_call(self.blocks[index], parameters, (hidden,), arguments)
         return output[0] if isinstance(output, tuple) else output
 
     def _call_base(self, outer: Mapping[str, Tensor], tokens: Tensor) -> None:
@@ -184,7 +190,14 @@ class Skeleton:
                     f"{self.checkpoint.path}: config.json asks for {name}, which the weights lack: "
                     "config and weights are of different models (layer count?); copy or download both again."
                 )
-            shape = self.checkpoint.tensors[stored].shape
+            info = self.checkpoint.tensors[stored]
+            if info.dtype not in _WEIGHT_DTYPES:
+                dtype = str(info.dtype).removeprefix("torch.")
+                raise CheckpointError(
+                    f"The tensor {stored} in {self.checkpoint.path / info.file} is {dtype}, but "
+                    "weights must be bfloat16, float16, float32 or float64: give the original checkpoint."
+                )
+            shape = info.shape
             if shape != tuple(parameter.shape):
                 raise CheckpointError(
                     f"{self.checkpoint.path}: {name} is {list(shape)} in the weights but {list(parameter.shape)} "

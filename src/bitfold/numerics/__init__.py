@@ -1,5 +1,6 @@
 """Grids, schemes, quantize/dequantize, bit packing: pure functions on tensors."""
 
+from bitfold.numerics.blocks import blocks_product, times_blocks
 from bitfold.numerics.packing import pack, packed_width, unpack
 from bitfold.numerics.quantize import (
     dequantize,
@@ -17,6 +18,7 @@ __all__ = [
     "QuantizedTensor",
     "Scheme",
     "TensorScheme",
+    "blocks_product",
     "dequantize",
     "fake_quantize",
     "fake_quantize_dynamic",
@@ -25,6 +27,7 @@ __all__ = [
     "packed_width",
     "quantize",
     "scale_and_zero",
+    "times_blocks",
     "to_groups",
     "unpack",
 ]

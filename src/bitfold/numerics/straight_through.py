@@ -1,11 +1,16 @@
 """Fake quantization that can be trained through: the straight-through estimator, with exact gradients of the range.
 
-Forward is `fake_quantize`'s. Backward, with u = x/s + z and r = round(u) − u (the rounding, in steps):
+A group's limits are lo = ρ_lo · min and hi = ρ_hi · max of its values, for ratios ρ that may be learned (1 without).
+With u = x/s + z and r = round(u) − u (the rounding, in steps):
 
     inside the range:   dx̂/dx = 1      dx̂/ds = r        (the codes' own rounding is passed straight through)
     below, above it:    dx̂/dx = 0      x̂ follows the lower, or upper, limit
 
-and s = (hi − lo)/(qmax − qmin) carries dx̂/ds on to the limits. It is LSQ's gradient (arXiv 1902.08153) with two ends.
+s = (hi − lo)/(qmax − qmin) carries dx̂/ds on to the limits, and they to the ratios and to the extreme values. It is
+LSQ's gradient (arXiv 1902.08153) with two ends.
+
+Masks are made by PyTorch's own backward kernels of hardtanh and threshold, one vectorised pass each; on a CPU
+comparisons to booleans and `where` take five to thirty times as long (docs/performance.md).
 """
 
 from typing import Any
@@ -17,58 +22,64 @@ from bitfold.numerics.quantize import dequantize as _dequantize
 from bitfold.numerics.quantize import from_groups, quantize, scale_and_zero, to_groups
 from bitfold.numerics.scheme import TensorScheme
 
-__all__ = ["fake_quantize_trainable", "quantize_through"]
+__all__ = ["fake_quantize_trainable"]
+
+Ratios = tuple[Tensor, Tensor]
+
+# A value this many steps beyond the last code counts as inside: the extremes themselves must not be lost to rounding.
+_EDGE = 1e-4
 
 
-def quantize_through(
-    groups: Tensor, minimum: Tensor, maximum: Tensor, scheme: TensorScheme, *, clips: bool = True
+def fake_quantize_trainable(
+    x: Tensor, scheme: TensorScheme, ratios: Ratios | None = None
 ) -> Tensor:
-    """Fake-quantized groups [..., g] between limits [..., 1]; differentiable in all three.
+    """Fake quantization in the range of each group's own values; shape and dtype of x,
+    computed in float32 at least.
 
-    clips: whether values may lie outside the limits; False spares the masks where the limits are their own extremes.
+    ratios: of the groups' lower and upper limit to their min and max, [..., 1] each, as in `to_groups`; differentiable.
     """
-    if scheme.grid != "int":
-        scale, _ = scale_and_zero(minimum.detach(), maximum.detach(), scheme)
-        rounded = _dequantize(quantize(groups.detach(), scale, None, scheme), scale, None, scheme)
-        return groups + (rounded - groups).detach()
-    if scheme.symmetric:
-        largest = torch.maximum(-minimum.clamp(max=0), maximum.clamp(min=0))
-        minimum, maximum = -largest, largest
-    result: Tensor = _Through.apply(
-        groups, minimum.clamp(max=0), maximum.clamp(min=0), scheme, clips
-    )
-    return result
+    groups = to_groups(x if x.dtype == torch.float64 else x.float(), scheme)
+    if scheme.grid == "int":
+        lower, upper = ratios or (None, None)
+        rounded: Tensor = _Through.apply(groups, lower, upper, scheme)
+    else:
+        rounded = _through_other_grids(groups, ratios, scheme)
+    return from_groups(rounded, x.shape).to(x.dtype)
 
 
-def fake_quantize_trainable(x: Tensor, scheme: TensorScheme) -> Tensor:
-    """Fake quantization with x's own min-max range, differentiable in x and through the range; same shape as x."""
-    groups = to_groups(x, scheme)
-    minimum, maximum = groups.amin(dim=-1, keepdim=True), groups.amax(dim=-1, keepdim=True)
-    return from_groups(quantize_through(groups, minimum, maximum, scheme, clips=False), x.shape)
+def _through_other_grids(groups: Tensor, ratios: Ratios | None, scheme: TensorScheme) -> Tensor:
+    """fp8 and nf4: no gradient through the range."""
+    values = groups.detach()
+    minimum, maximum = values.amin(dim=-1, keepdim=True), values.amax(dim=-1, keepdim=True)
+    if ratios is not None:
+        minimum, maximum = minimum * ratios[0].detach(), maximum * ratios[1].detach()
+    scale, _ = scale_and_zero(minimum, maximum, scheme)
+    rounded = _dequantize(quantize(values, scale, None, scheme), scale, None, scheme)
+    return groups + (rounded - values)
 
 
 class _Through(torch.autograd.Function):
-    """See the module's docstring; limits contain 0, and are ± the same where the scheme is symmetric."""
+    """See the module's docstring; `lower` and `upper` are the ratios, or None."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        groups: Tensor,
-        minimum: Tensor,
-        maximum: Tensor,
-        scheme: TensorScheme,
-        clips: bool,
+        ctx: Any, groups: Tensor, lower: Tensor | None, upper: Tensor | None, scheme: TensorScheme
     ) -> Tensor:
-        steps = _steps(scheme)
-        scale = ((maximum - minimum) / steps).clamp(min=1e-12)
+        minimum, maximum = groups.amin(dim=-1, keepdim=True), groups.amax(dim=-1, keepdim=True)
+        low = (minimum if lower is None else minimum * lower).clamp_(max=0)
+        high = (maximum if upper is None else maximum * upper).clamp_(min=0)
+        if scheme.symmetric:
+            high = torch.maximum(-low, high)
+            low = -high
+        scale = ((high - low) / _steps(scheme)).clamp_(min=1e-12)
         u = groups / scale
         zero = None
         if not scheme.symmetric:
-            zero = (scheme.qmin - torch.round(minimum / scale)).clamp_(scheme.qmin, scheme.qmax)
+            zero = (scheme.qmin - torch.round(low / scale)).clamp_(scheme.qmin, scheme.qmax)
             u += zero
-        ctx.save_for_backward(u)
-        ctx.steps, ctx.scheme, ctx.clips = steps, scheme, clips
         codes = u.clamp(scheme.qmin, scheme.qmax).round_()
+        ctx.scheme = scheme
+        ctx.save_for_backward(groups, codes - u, None if lower is None else u, lower, upper)
         if zero is not None:
             codes -= zero
         return codes.mul_(scale)
@@ -76,19 +87,46 @@ class _Through(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        (u,) = ctx.saved_tensors
+        groups, difference, u, lower, upper = ctx.saved_tensors
         scheme: TensorScheme = ctx.scheme
-        clamped = u.clamp(scheme.qmin, scheme.qmax)
-        if not ctx.clips:
-            rounding = clamped.round_().sub_(u).mul_(gradient).sum(dim=-1, keepdim=True) / ctx.steps
-            return gradient, -rounding, rounding, None, None
+        minimum, maximum = groups.amin(dim=-1, keepdim=True), groups.amax(dim=-1, keepdim=True)
+        passed, on_low, on_high = gradient, 0.0, 0.0
+        if u is not None:
+            bottom, top = scheme.qmin - _EDGE, scheme.qmax + _EDGE
+            passed = torch.ops.aten.hardtanh_backward(gradient, u, bottom, top)
+            above = torch.ops.aten.threshold_backward(gradient, u, top)
+            on_high = above.sum(dim=-1, keepdim=True)
+            on_low = (gradient - passed).sum(dim=-1, keepdim=True) - on_high
         # dx̂/ds of what is inside, spread on both ends; what is clipped follows its own end.
-        on_groups = torch.where(clamped == u, gradient, 0.0)
-        clipped = gradient - on_groups
-        rounding = clamped.round_().sub_(u).mul_(on_groups).sum(dim=-1, keepdim=True) / ctx.steps
-        above = torch.where(u > 0, clipped, 0.0).sum(dim=-1, keepdim=True)
-        below = clipped.sum(dim=-1, keepdim=True) - above
-        return on_groups, below - rounding, above + rounding, None, None
+        rounding = (difference * passed).sum(dim=-1, keepdim=True) / _steps(scheme)
+        on_low, on_high = on_low - rounding, on_high + rounding
+        low = minimum if lower is None else minimum * lower
+        high = maximum if upper is None else maximum * upper
+        if scheme.symmetric:
+            # Both ends are ± the larger: it takes the gradient of both.
+            both = on_high - on_low
+            share = (high + low).sign()  # −1: the lower end is the larger one, 0: they are equal
+            on_low, on_high = both * (share - 1) / 2, both * (share + 1) / 2
+        on_low, on_high = on_low * (low <= 0), on_high * (high >= 0)
+        on_minimum = on_low if lower is None else on_low * lower
+        on_maximum = on_high if upper is None else on_high * upper
+        on_groups = passed + _where_zero(groups - minimum, on_minimum)
+        on_groups += _where_zero(maximum - groups, on_maximum)
+        return (
+            on_groups,
+            None if lower is None else on_low * minimum,
+            None if upper is None else on_high * maximum,
+            None,
+        )
+
+
+def _where_zero(distance: Tensor, value: Tensor) -> Tensor:
+    """The value, broadcast, where a distance ≥ 0 is 0; zero elsewhere."""
+    smallest = -torch.finfo(distance.dtype).smallest_normal
+    found: Tensor = torch.ops.aten.threshold_backward(
+        value.expand_as(distance), distance.neg_(), smallest
+    )
+    return found
 
 
 def _steps(scheme: TensorScheme) -> float:

@@ -8,14 +8,17 @@ import torch
 from torch import Tensor
 
 from bitfold.models.skeleton import Skeleton
-from bitfold.numerics import QuantizedTensor, Scheme, TensorScheme, scale_and_zero, to_groups
+from bitfold.numerics import QuantizedTensor, Scheme, scale_and_zero
+from bitfold.part import Need
 from bitfold.pipeline.hooks import InputQuantizer, capturing_inputs, quantizing
+from bitfold.pipeline.measure import input_statistics
+from bitfold.pipeline.online import with_identities
 from bitfold.pipeline.plan import Plan
-from bitfold.pipeline.rewrite import input_statistics, rewrite_block
+from bitfold.pipeline.rewrite import rewrite_block
+from bitfold.pipeline.round import round_block
 from bitfold.pipeline.streams import Streams
 from bitfold.recipe import Recipe
 from bitfold.statistics import InputStatistics
-from bitfold.transforms.block_transform import Clipping
 
 __all__ = ["QuantizedBlock", "quantize_block", "run_quantized"]
 
@@ -27,7 +30,7 @@ class QuantizedBlock:
     tensors: quantized weights; plain: everything else, in the dtype of storage; inputs: how layers' inputs are
     quantized; all by name relative to the block. errors: relative error of each layer's output on the probe.
     unpacked_in: the dtype in which loaders compute the weights' values, where that is not the one they run in.
-    fits: figures of the transforms' fits.
+    fits: figures of the transforms' fits. notes: what the user should read.
     """
 
     tensors: dict[str, QuantizedTensor]
@@ -38,6 +41,7 @@ class QuantizedBlock:
     folding_error: float
     unpacked_in: torch.dtype | None = None
     fits: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """What the block's parameters are once loaded: the simulation."""
@@ -66,7 +70,7 @@ def quantize_block(
     weights = skeleton.load_block(index, dtype)
 
     rewritten = rewrite_block(skeleton, index, plan, schemes, streams, weights, report)
-    folded = rewritten.weights
+    folded = with_identities(rewritten.weights, plan.block_online(prefix))
     quantized_names = {name for name, scheme in schemes.items() if scheme.weight is not None}
     plain = {
         name: value.to(plan.storage)
@@ -75,26 +79,15 @@ def quantize_block(
     }
     folded |= {name: value.to(dtype) for name, value in plain.items()}
 
-    late_needs = recipe.weight_range.needs | recipe.rounding.needs
-    late_needs |= frozenset({"rows", "channels"}) if recipe.static_activations else frozenset()
-    statistics = input_statistics(skeleton, index, plan, folded, streams, late_needs)
-
-    tensors = {}
-    for name in quantized_names:
-        scheme = schemes[name].weight
-        assert scheme is not None
-        weight = folded[f"{name}.weight"].float()
-        input_name = skeleton.family.input_of(name)
-        gram = statistics[input_name].gram if "gram" in late_needs else None
-        limits = _limits(weight, scheme, recipe, gram, rewritten.clipping.get(name))
-        tensors[name] = recipe.rounding.solve(weight, limits, scheme, plan.storage, gram)
-    tensors = {name: tensors[name] for name in schemes if name in tensors}
-
+    ranges = input_statistics(skeleton, index, plan, folded, streams, _static_needs(recipe))
     inputs = {
-        name: _input_quantizer(scheme, statistics.get(skeleton.family.input_of(name)), plan)
+        name: _input_quantizer(scheme, ranges.get(skeleton.family.input_of(name)), plan)
         for name, scheme in schemes.items()
         if scheme.activation is not None
     }
+    tensors, rounding_notes = round_block(
+        skeleton, index, plan, streams, folded, inputs, rewritten.clipping
+    )
     heads = plan.attention[f"{prefix}.{skeleton.family.attention}"]
     errors = _layer_errors(skeleton, index, folded, tensors, inputs, streams.probe_quantized)
     return QuantizedBlock(
@@ -106,6 +99,7 @@ def quantize_block(
         rewritten.folding_error,
         plan.unpacked_in,
         rewritten.fits,
+        [*(note for fit in rewritten.fits for note in fit.get("notes", ())), *rounding_notes],
     )
 
 
@@ -126,19 +120,9 @@ def run_quantized(
     return run
 
 
-def _limits(
-    weight: Tensor,
-    scheme: TensorScheme,
-    recipe: Recipe,
-    gram: Tensor | None,
-    clipping: Clipping | None,
-) -> tuple[Tensor, Tensor]:
-    """The limits of a weight's groups: learned with the transforms, or by the recipe's range."""
-    groups = to_groups(weight, scheme)
-    if clipping is None:
-        return recipe.weight_range.limits(groups, scheme, gram)
-    minimum, maximum = torch.aminmax(groups, dim=-1, keepdim=True)
-    return minimum * clipping.lower, maximum * clipping.upper
+def _static_needs(recipe: Recipe) -> frozenset[Need]:
+    """What static activations' ranges are found from."""
+    return frozenset({"rows", "channels"}) if recipe.static_activations else frozenset()
 
 
 def _input_quantizer(

@@ -40,6 +40,8 @@ def artifact_bytes(job: Job) -> int:
             stored = _quantized(job, info.shape, scheme, form)
             known[key] = tensor_bytes(stored), len(stored)
         weights, tensors = weights + known[key][0], tensors + known[key][1]
+    if job.plan.online is not None:
+        weights, tensors = weights + job.plan.online.bytes, tensors + job.plan.online.matrices
     companions = sum(file.stat().st_size for file in companion_files(job.source))
     windows, length = job.probe.shape
     probe = probe_bytes(windows, length, job.skeleton.config.vocab_size)

@@ -1,7 +1,7 @@
 """Looking into a running block, and quantizing what its layers are given: forward hooks, removed when done."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -10,7 +10,13 @@ from bitfold.numerics import Scheme, TensorScheme, fake_quantize_dynamic
 from bitfold.runtime.activation import quantize_input
 from bitfold.runtime.attention import HeadQuantizers, set_head_quantizers
 
-__all__ = ["InputQuantizer", "capturing_inputs", "quantizing"]
+__all__ = [
+    "InputQuantizer",
+    "capturing_inputs",
+    "capturing_outputs",
+    "quantizing",
+    "run_for_inputs",
+]
 
 
 @dataclass(frozen=True)
@@ -23,6 +29,10 @@ class InputQuantizer:
 
     def __call__(self, x: Tensor) -> Tensor:
         return quantize_input(x, self.scheme, self.scale, self.zero)
+
+
+class _Enough(Exception):  # noqa: N818 - not an error
+    """All inputs that were asked for are there."""
 
 
 @contextmanager
@@ -42,6 +52,43 @@ def capturing_inputs(
             handle = block.get_submodule(name).register_forward_pre_hook(hook_for(receive))
             stack.callback(handle.remove)
         yield
+
+
+def run_for_inputs(
+    block: nn.Module, names: Mapping[str, Callable[[Tensor], None]], run: Callable[[], object]
+) -> None:
+    """Call `run`, which runs the block, until each named linear layer has handed its input to a function."""
+    missing = set(names)
+
+    def receiver(name: str) -> Callable[[Tensor], None]:
+        def receive(x: Tensor) -> None:
+            names[name](x)
+            missing.discard(name)
+            if not missing:
+                raise _Enough
+
+        return receive
+
+    with suppress(_Enough), capturing_inputs(block, {name: receiver(name) for name in names}):
+        run()
+
+
+@contextmanager
+def capturing_outputs(block: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """Within this context each named linear layer leaves its output in the mapping, under its name."""
+    outputs: dict[str, Tensor] = {}
+
+    def hook_for(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            outputs[name] = output
+
+        return hook
+
+    with ExitStack() as stack:
+        for name in names:
+            handle = block.get_submodule(name).register_forward_hook(hook_for(name))
+            stack.callback(handle.remove)
+        yield outputs
 
 
 @contextmanager

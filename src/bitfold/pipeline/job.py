@@ -51,7 +51,7 @@ class Job:
     def keeps_original(self) -> bool:
         """Whether the original model's activations of the calibration windows are needed."""
         recipe = self.plan.recipe
-        return recipe.stream == "original" or "loss" in recipe.needs
+        return recipe.stream == "original" or not recipe.needs.isdisjoint({"loss", "cross"})
 
     @property
     def stream_tokens(self) -> Tensor | None:

@@ -8,10 +8,11 @@ import torch
 
 from bitfold.errors import RecipeError, did_you_mean
 from bitfold.export import Choice, Format, Layout, choose_format
-from bitfold.export.layout import AttentionEntry, LayerEntry
-from bitfold.models.family import Site, head_counts
+from bitfold.export.layout import AttentionEntry, LayerEntry, OnlineEntry
+from bitfold.models.family import ONLINE, Site, head_counts
 from bitfold.models.skeleton import Skeleton
 from bitfold.numerics import Scheme, TensorScheme
+from bitfold.pipeline.online import OnlineCost, online_cost, online_entries
 from bitfold.recipe import Recipe
 from bitfold.transforms import Heads
 
@@ -28,6 +29,7 @@ class Plan:
     ignored one has a scheme of Nones.
     attention: full name of every attention module → its scheme.
     storage: dtype of the checkpoint's floating tensors, in which scales and rewritten norms are stored.
+    online: what the matrices cost that the recipe leaves to run; None where everything is folded.
     """
 
     recipe: Recipe
@@ -39,6 +41,7 @@ class Plan:
     layout: Layout
     format: Format
     choice: Choice
+    online: OnlineCost | None
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -50,6 +53,15 @@ class Plan:
         """The schemes of one block's linear layers, by name relative to the block."""
         start = prefix + "."
         return {n.removeprefix(start): s for n, s in self.schemes.items() if n.startswith(start)}
+
+    def block_online(self, prefix: str) -> dict[str, OnlineEntry]:
+        """The matrices that run in one block, by the name of their tensor relative to the block."""
+        start = prefix + "."
+        return {
+            f"{name.removeprefix(start)}.{ONLINE}.weight": entry
+            for name, entry in self.layout.online.items()
+            if name.startswith(start)
+        }
 
 
 def make_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
@@ -72,19 +84,22 @@ def make_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
             f"The recipe quantizes nothing (scheme {recipe.scheme.notation}, ignore {list(recipe.ignore)}): "
             "choose fewer bits, or ignore less."
         )
-    layout = _layout(skeleton, schemes, attention, names)
+    online = online_entries(skeleton, recipe)
+    layout = _layout(skeleton, schemes, attention, names, online)
     format, choice, notes = choose_format(layout)
     heads = Heads(*head_counts(skeleton.config))
+    storage = _storage_dtype(skeleton)
     return Plan(
         recipe=recipe,
         schemes=schemes,
         attention=attention,
         sites=skeleton.family.sites(skeleton.config),
         heads=heads,
-        storage=_storage_dtype(skeleton),
+        storage=storage,
         layout=layout,
         format=format,
         choice=choice,
+        online=online_cost(skeleton, online, storage),
         notes=notes,
     )
 
@@ -201,6 +216,7 @@ def _layout(
     schemes: Mapping[str, Scheme],
     attention: Mapping[str, Scheme],
     inputs: Mapping[str, int],
+    online: Mapping[str, OnlineEntry],
 ) -> Layout:
     head_dim = head_counts(skeleton.config)[2]
     quantized = {
@@ -223,6 +239,7 @@ def _layout(
         },
         unquantized=sorted(others),
         flattened_inputs=skeleton.family.flattened_inputs,
+        online=online,
     )
 
 

@@ -9,10 +9,11 @@ from torch import Tensor
 from bitfold.models.skeleton import Skeleton
 from bitfold.numerics import Scheme
 from bitfold.numerics.straight_through import fake_quantize_trainable
-from bitfold.pipeline.hooks import quantizing
+from bitfold.pipeline.hooks import capturing_outputs, quantizing
 from bitfold.pipeline.plan import Plan
 from bitfold.pipeline.streams import Streams, batches
-from bitfold.transforms.block_transform import BlockProblem, Terms
+from bitfold.statistics import widened
+from bitfold.transforms.block_transform import BlockProblem, Restore, Terms
 
 __all__ = ["block_problem"]
 
@@ -32,35 +33,64 @@ def block_problem(
     assert streams.original is not None
     assert streams.quantized is not None
     given, device = streams.quantized, skeleton.device
+    given_weights = {name: value.to(given.dtype) for name, value in weights.items()}
     schemes = plan.block_schemes(skeleton.block_name(index))
     targets: dict[str, Tensor] = {}
 
     def target(term: str, stream: Tensor) -> Tensor:
         if term not in targets:
             outputs = [
-                skeleton.run(index, weights, part.to(device)).cpu() for part in batches(stream)
+                skeleton.run(index, given_weights, part.to(device)).cpu()
+                for part in batches(stream)
             ]
             targets[term] = torch.cat(outputs)
         return targets[term]
 
     with torch.no_grad():
         added = target("original", streams.original) - streams.original
-    power = added.square().mean().clamp(min=1e-30).to(device)
+        measured = widened(added[:0]).dtype  # what a loss is summed in
+    power = added.to(measured).square().mean().clamp(min=1e-30).to(device)
 
-    def loss(rewritten: Mapping[str, Tensor], windows: Tensor, terms: Terms, low: bool) -> Tensor:
+    def quantized_run(rewritten: Mapping[str, Tensor], windows: Tensor, low: bool) -> Tensor:
+        cast = {name: value.to(given.dtype) for name, value in rewritten.items()}
         with (
             _trainable(skeleton, index, plan, schemes),
             torch.autocast(device.type, torch.bfloat16, enabled=low),
         ):
-            found = skeleton.run(index, rewritten, given[windows].to(device))
-        total = torch.zeros((), device=device)
-        for term, stream in (("original", streams.original), ("quantized", given)):
-            if terms in (term, "both"):
-                assert stream is not None
-                with torch.no_grad():
-                    wanted = target(term, stream)[windows].to(device)
-                total = total + (found - wanted).square().mean() / power
+            return skeleton.run(index, cast, given[windows].to(device))
+
+    def terms_of(terms: Terms) -> list[tuple[str, Tensor]]:
+        both = (("original", streams.original), ("quantized", given))
+        return [
+            (term, stream)
+            for term, stream in both
+            if stream is not None and terms in (term, "both")
+        ]
+
+    def loss(rewritten: Mapping[str, Tensor], windows: Tensor, terms: Terms, low: bool) -> Tensor:
+        found = quantized_run(rewritten, windows, low).to(measured)
+        total = torch.zeros((), dtype=measured, device=device)
+        for term, stream in terms_of(terms):
+            with torch.no_grad():
+                wanted = target(term, stream)[windows].to(device)
+            total = total + (found - wanted.to(measured)).square().mean() / power
         return total
+
+    def linear_loss(
+        rewritten: Mapping[str, Tensor], windows: Tensor, terms: Terms, low: bool, restore: Restore
+    ) -> Tensor:
+        block, names = skeleton.blocks[index], list(schemes)
+        with capturing_outputs(block, names) as found:
+            quantized_run(rewritten, windows, low)
+        total = torch.zeros((), dtype=measured, device=device)
+        for _, stream in terms_of(terms):
+            with torch.no_grad(), capturing_outputs(block, names) as wanted:
+                skeleton.run(index, given_weights, stream[windows].to(device))
+            for name in names:
+                exact = wanted[name].to(measured)
+                difference = restore(name, found[name].to(measured)) - exact
+                total = total + difference.square().mean() / exact.square().mean().clamp(min=1e-30)
+        return total / len(names)
 
     return BlockProblem(
         weights=weights,
@@ -69,6 +99,7 @@ def block_problem(
         heads=plan.heads,
         windows=given.shape[0],
         loss=loss,
+        linear_loss=linear_loss,
         seed=plan.recipe.seed * 10_007 + index,
         report=report,
     )

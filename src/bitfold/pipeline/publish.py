@@ -62,15 +62,17 @@ def publish(job: Job, workdir: Workdir, probe: Probe, distance: dict[str, Any]) 
 def _report(job: Job, blocks: list[dict[str, Any]], distance: dict[str, Any]) -> dict[str, Any]:
     weights = sum(block["weights"] for block in blocks)
     bits = sum(block["bits"] for block in blocks)
+    online = job.plan.online
     return {
         "method": job.plan.recipe.method,
         "scheme": job.plan.recipe.scheme.notation,
         "bits_per_weight": bits / weights if weights else 16.0,
+        **({} if online is None else {"online": online.to_json()}),
         "probe": distance,
         "fits": [block["fits"] for block in blocks if block["fits"]],
         "folding_errors": [block["folding_error"] for block in blocks],
         "layers": [layer for block in blocks for layer in block["layers"]],
-        "notes": list(job.notes),
+        "notes": [*job.notes, *(note for block in blocks for note in block["notes"])],
     }
 
 

@@ -201,5 +201,6 @@ def _block_entry(
         "weights": sum(tensor.codes.numel() for tensor in block.tensors.values()),
         "folding_error": block.folding_error,
         "fits": block.fits,
+        "notes": [f"{prefix}: {note}" for note in block.notes],
         "layers": layers,
     }

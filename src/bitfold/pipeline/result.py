@@ -1,5 +1,6 @@
 """What a run made and what it cost, read from the artifact itself."""
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ __all__ = ["Quantization", "read_result", "usage_lines"]
 
 @dataclass(frozen=True)
 class Quantization:
-    """What a run made and what it cost. `finished_before`: it was there already, nothing was done."""
+    """What a run made and what it cost. `finished_before`: it was there already, nothing was done; online: what the
+    matrices cost at inference that the method leaves to run, None where everything is folded."""
 
     out: Path
     seconds: float
@@ -29,6 +31,7 @@ class Quantization:
     scheme: str
     format: str
     probe: dict[str, Any]
+    online: dict[str, Any] | None
     layers: list[dict[str, Any]]
     notes: tuple[str, ...]
     usage: tuple[str, ...]
@@ -67,8 +70,9 @@ def read_result(
             scheme=report["scheme"],
             format=quantization["quant_method"],
             probe=report["probe"],
+            online=report.get("online"),
             layers=report["layers"],
-            notes=job.notes,
+            notes=tuple(report["notes"]),
             usage=usage_lines(str(job.out), quantization),
             finished_before=finished_before,
         )
@@ -81,7 +85,7 @@ def read_result(
 def usage_lines(out: str, quantization: Mapping[str, Any]) -> tuple[str, ...]:
     """Lines that show how to use the artifact at `out`, from the `quantization_config` of its config.json."""
     loading = f'AutoModelForCausalLM.from_pretrained("{out}")'
-    generating = f'bitfold generate {out} --prompt "Once upon a time"'
+    generating = f'bitfold generate {shlex.quote(out)} --prompt "Once upon a time"'
     if quantization["quant_method"] != "compressed-tensors":
         return (
             f"import bitfold; from transformers import AutoModelForCausalLM; model = {loading}",
@@ -90,7 +94,7 @@ def usage_lines(out: str, quantization: Mapping[str, Any]) -> tuple[str, ...]:
     lines = (f"from transformers import AutoModelForCausalLM; model = {loading}", generating)
     if not _vllm_has_kernels(quantization):
         return lines
-    return (lines[0], f"vllm serve {out}", lines[1])
+    return (lines[0], f"vllm serve {shlex.quote(out)}", lines[1])
 
 
 def _vllm_has_kernels(quantization: Mapping[str, Any]) -> bool:

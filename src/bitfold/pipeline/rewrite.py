@@ -1,6 +1,6 @@
 """Rewriting one block: every transform of the recipe fitted and folded in turn, and the whole checked."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,16 +10,16 @@ from torch import Tensor
 from bitfold.errors import EquivalenceError
 from bitfold.models.skeleton import Skeleton
 from bitfold.numerics import Scheme
-from bitfold.part import Need
-from bitfold.pipeline.hooks import capturing_inputs
+from bitfold.pipeline.measure import input_statistics
 from bitfold.pipeline.plan import Plan
 from bitfold.pipeline.problem import block_problem
-from bitfold.pipeline.streams import Streams, batches
+from bitfold.pipeline.streams import Streams
 from bitfold.statistics import InputStatistics, widened
 from bitfold.transforms import BlockTransform, SiteTransform, fold
 from bitfold.transforms.block_transform import Clipping
+from bitfold.transforms.groups import Transform
 
-__all__ = ["Rewritten", "input_statistics", "rewrite_block"]
+__all__ = ["Rewritten", "rewrite_block"]
 
 # Relative change of a block's output by folding alone, above which it was no equivalence: float32 folds to
 # about 1e-6, a matrix outside the group to more than 1e-2.
@@ -29,10 +29,11 @@ LARGEST_FOLDING_ERROR_HALF = 5e-2
 
 @dataclass
 class Rewritten:
-    """A block's weights after its transforms, by name; learned clipping by layer; the relative change of the block's
-    output by folding alone; the fits' own figures."""
+    """A block after its transforms: its weights by name; the transforms; learned clipping by layer; the relative change
+    of the block's output by folding alone; the fits' own figures."""
 
     weights: dict[str, Tensor]
+    transforms: list[Transform] = field(default_factory=list)
     clipping: dict[str, Clipping] = field(default_factory=dict)
     folding_error: float = 0.0
     fits: list[dict[str, Any]] = field(default_factory=list)
@@ -60,15 +61,36 @@ def rewrite_block(
     if plan.recipe.transforms:
         probe = streams.probe_original.to(skeleton.device)
         before = skeleton.run(index, weights, probe)
-        after = skeleton.run(index, result.weights, probe)
-        result.folding_error = float((after - before).norm() / (before - probe).norm())
+        added = (before - probe).norm()
+
+        def change(rewritten: Mapping[str, Tensor]) -> float:
+            return float((skeleton.run(index, rewritten, probe) - before).norm() / added)
+
+        result.folding_error = change(result.weights)
         limit = LARGEST_FOLDING_ERROR.get(probe.dtype, LARGEST_FOLDING_ERROR_HALF)
         if not result.folding_error <= limit:
+            culprit = _culprit(weights, result.transforms, plan, change, limit)
             raise EquivalenceError(
-                f"Folding changed what {skeleton.block_name(index)} computes by {result.folding_error:.2e} "
-                f"(relative; at most {limit:g} is rounding): what {plan.recipe.method} found is no equivalence there."
+                f"Folding changed what {skeleton.block_name(index)} computes by {result.folding_error:.2e} (relative; "
+                f"at most {limit:g} is rounding): what {plan.recipe.method} found at {culprit} is no equivalence."
             )
     return result
+
+
+def _culprit(
+    weights: Mapping[str, Tensor],
+    transforms: Sequence[Transform],
+    plan: Plan,
+    change: Callable[[Mapping[str, Tensor]], float],
+    limit: float,
+) -> str:
+    """The site whose transform, folded after those before it, first changes the block by more than the limit."""
+    folded = {name: widened(value) for name, value in weights.items()}
+    for transform in transforms:
+        folded = fold(folded, transform, plan.heads, plan.storage)
+        if not change(_as_run(folded, weights)) <= limit:
+            return transform.site.name
+    return "several sites together"
 
 
 def _fold_sites(
@@ -84,11 +106,12 @@ def _fold_sites(
     # Fitted and folded in the statistics' precision, float32 at least, whatever the block runs in.
     weights = {name: widened(value) for name, value in result.weights.items()}
     for site in plan.sites:
-        of_input = statistics[skeleton.family.measured_at(site)]
+        of_input = statistics.get(skeleton.family.measured_at(site), InputStatistics(part.needs, 0))
         transform = part.fit(site, weights, of_input, schemes, plan.heads)
         if transform is not None:
             weights = fold(weights, transform, plan.heads, plan.storage)
-    result.weights = {name: weights[name].to(value.dtype) for name, value in result.weights.items()}
+            result.transforms.append(transform)
+    result.weights = _as_run(weights, result.weights)
 
 
 def _fold_block(
@@ -100,29 +123,17 @@ def _fold_block(
     result: Rewritten,
     report: Callable[[int, int, str], None],
 ) -> None:
-    fit = part.fit(block_problem(skeleton, index, plan, result.weights, streams, report))
+    weights = {name: widened(value) for name, value in result.weights.items()}
+    fit = part.fit(block_problem(skeleton, index, plan, weights, streams, report))
     for transform in fit.transforms:
-        result.weights = fold(result.weights, transform, plan.heads, plan.storage)
+        weights = fold(weights, transform, plan.heads, plan.storage)
+    result.transforms.extend(fit.transforms)
+    result.weights = _as_run(weights, result.weights)
     result.clipping |= fit.clipping
     result.fits.append(fit.report)
 
 
-def input_statistics(
-    skeleton: Skeleton,
-    index: int,
-    plan: Plan,
-    weights: Mapping[str, Tensor],
-    streams: Streams,
-    needs: frozenset[Need],
-) -> dict[str, InputStatistics]:
-    """Statistics of every distinct input of the block, by the name that stands for it; empty if nothing is needed."""
-    stream = streams.original if plan.recipe.stream == "original" else streams.quantized
-    if not needs or stream is None:
-        return {}
-    tokens = stream.shape[0] * stream.shape[1]
-    statistics = {shared[0]: InputStatistics(needs, tokens) for shared in skeleton.family.inputs}
-    receivers = {name: one.update for name, one in statistics.items()}
-    with capturing_inputs(skeleton.blocks[index], receivers):
-        for batch in batches(stream):
-            skeleton.run(index, weights, batch.to(skeleton.device))
-    return statistics
+def _as_run(folded: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Folded weights in the dtype that those before were in, with what came to run."""
+    dtype = next(iter(before.values())).dtype
+    return {name: value.to(dtype) for name, value in folded.items()}

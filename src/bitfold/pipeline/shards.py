@@ -58,7 +58,7 @@ def block_from_tensors(
     }
     plain = {
         name: tensors[f"{prefix}.{name}"]
-        for name in skeleton.block_parameters(index)
+        for name in (*skeleton.block_parameters(index), *plan.block_online(prefix))
         if name.removesuffix(".weight") not in quantized
     }
     heads = plan.attention[f"{prefix}.{skeleton.family.attention}"]

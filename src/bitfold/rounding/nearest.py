@@ -1,10 +1,12 @@
 """Round to nearest: the floor of every table."""
 
-import torch
-from torch import Tensor
+from collections.abc import Mapping
 
-from bitfold.numerics import QuantizedTensor, TensorScheme
-from bitfold.rounding.rounding import Rounding
+import torch
+
+from bitfold.numerics import QuantizedTensor
+from bitfold.rounding.rounding import Layer, Rounded, Rounding
+from bitfold.statistics import InputStatistics
 
 __all__ = ["Nearest"]
 
@@ -14,11 +16,16 @@ class Nearest(Rounding):
 
     def solve(
         self,
-        weight: Tensor,
-        limits: tuple[Tensor, Tensor],
-        scheme: TensorScheme,
+        layers: Mapping[str, Layer],
         scale_dtype: torch.dtype,
-        gram: Tensor | None = None,
-    ) -> QuantizedTensor:
-        """Codes of a weight [out, in] whose groups have these limits [..., 1]."""
-        return QuantizedTensor.from_limits(weight, *limits, scheme, scale_dtype)
+        statistics: InputStatistics | None = None,
+    ) -> Rounded:
+        """See `Rounding.solve`; nothing of the input is read."""
+        return Rounded(
+            {
+                name: QuantizedTensor.from_limits(
+                    layer.weight, *layer.limits, layer.scheme, scale_dtype
+                )
+                for name, layer in layers.items()
+            }
+        )

@@ -1,29 +1,48 @@
 """What a way of rounding is."""
 
 from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from bitfold.numerics import QuantizedTensor, TensorScheme
 from bitfold.part import Part
+from bitfold.statistics import InputStatistics
 
-__all__ = ["Rounding"]
+__all__ = ["Layer", "Rounded", "Rounding"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A weight [out, in] to be rounded, and the limits [..., 1] of its groups, one after the other."""
+
+    weight: Tensor
+    limits: tuple[Tensor, Tensor]
+    scheme: TensorScheme
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """What became of layers, by name; sentences that the user should read."""
+
+    tensors: dict[str, QuantizedTensor]
+    notes: list[str] = field(default_factory=list)
 
 
 class Rounding(Part):
-    """Makes the codes of a weight once its limits are known."""
+    """Makes the codes of weights once their limits are known."""
 
     @abstractmethod
     def solve(
         self,
-        weight: Tensor,
-        limits: tuple[Tensor, Tensor],
-        scheme: TensorScheme,
+        layers: Mapping[str, Layer],
         scale_dtype: torch.dtype,
-        gram: Tensor | None = None,
-    ) -> QuantizedTensor:
-        """Codes of a weight [out, in] whose groups have these limits [..., 1].
+        statistics: InputStatistics | None = None,
+    ) -> Rounded:
+        """Round layers that are given the same input.
 
-        scale_dtype: in which the scales will be stored. gram: as in `Range.limits`.
+        scale_dtype: in which the scales will be stored. statistics: what `needs` asks for, of that input as the
+        quantized model sees it; None where it asks for nothing.
         """

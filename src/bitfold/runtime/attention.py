@@ -66,9 +66,13 @@ def _attention(
         query = quantizers.on(query, quantizers.query)
         key = quantizers.on(key, quantizers.key)
         value = quantizers.on(value, quantizers.value)
-    result: tuple[Tensor, Tensor | None] = ALL_ATTENTION_FUNCTIONS["sdpa"](
-        module, query, key, value, *args, **kwargs
-    )
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    if query.dtype == torch.bfloat16 and query.is_cpu and torch.is_autocast_enabled("cpu"):
+        # Without AMX, PyTorch's attention takes twice as long in bfloat16 as in float32.
+        with torch.autocast("cpu", enabled=False):
+            result = sdpa(module, query.float(), key.float(), value.float(), *args, **kwargs)
+    else:
+        result = sdpa(module, query, key, value, *args, **kwargs)
     return result
 
 

@@ -9,8 +9,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bitfold.errors import CheckpointError, RecipeError
 from bitfold.export import native
+from bitfold.export.layout import OnlineEntry
 from bitfold.numerics import Scheme
 from bitfold.runtime.attention import ATTENTION, HeadQuantizers, set_head_quantizers
+from bitfold.runtime.online import BlockDiagonal, attach
 from bitfold.runtime.quantized_linear import QuantizedLinear
 
 __all__ = ["BitfoldConfig", "BitfoldHfQuantizer"]
@@ -31,7 +33,7 @@ class BitfoldConfig(QuantizationConfigMixin):
 
 @register_quantizer(native.NAME)
 class BitfoldHfQuantizer(HfQuantizer):
-    """Puts in `QuantizedLinear`s for linear layers, and quantizers into attention modules."""
+    """Puts in `QuantizedLinear`s for linear layers, quantizers into attention modules, and what runs behind norms."""
 
     requires_calibration = True
 
@@ -41,13 +43,16 @@ class BitfoldHfQuantizer(HfQuantizer):
         Raises CheckpointError where config.json names what the model lacks, RecipeError where the
         attention that was asked for cannot quantize.
         """
-        linears, attention = native.read_config(self.quantization_config.to_dict())
+        settings = self.quantization_config.to_dict()
+        linears, attention = native.read_config(settings)
         for name, scheme in linears.items():
             model.set_submodule(name, _quantized(name, _module(model, name), scheme))
         if attention:
             _use_bitfold_attention(model)
         for name, scheme in attention.items():
             set_head_quantizers(_module(model, name), HeadQuantizers.of(scheme))
+        for name, entry in native.read_online(settings).items():
+            attach(*_behind(name, _module(model, name), entry))
 
     def is_serializable(self) -> bool:
         """`save_pretrained` writes the tensors as they were read."""
@@ -64,7 +69,7 @@ def _module(model: PreTrainedModel, name: str) -> nn.Module:
         return model.get_submodule(name)
     except AttributeError as error:
         raise CheckpointError(
-            f"config.json says how {name} is quantized, but the model has no such module: "
+            f"config.json says how {name} is rewritten, but the model has no such module: "
             "weights and config.json are of different models."
         ) from error
 
@@ -83,6 +88,17 @@ def _quantized(name: str, linear: nn.Module, scheme: Scheme) -> QuantizedLinear:
         dtype=linear.weight.dtype,
         device=linear.weight.device,
     )
+
+
+def _behind(name: str, module: nn.Module, entry: OnlineEntry) -> tuple[nn.Module, nn.Module]:
+    """A module, and the matrix that will run behind it."""
+    weight = getattr(module, "weight", None)
+    if weight is None or tuple(weight.shape) != (entry.count * entry.size,):
+        raise CheckpointError(
+            f"config.json puts a matrix for {entry.count * entry.size} features behind {name}, but that is a "
+            f"{type(module).__name__} of another width: weights and config.json are of different models."
+        )
+    return module, BlockDiagonal(entry.count, entry.size, dtype=weight.dtype, device=weight.device)
 
 
 def _use_bitfold_attention(model: PreTrainedModel) -> None:

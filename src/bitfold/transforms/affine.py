@@ -8,14 +8,16 @@ listed in docs/affinequant.md.
 """
 
 import math
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from bitfold.numerics import Scheme, from_groups, to_groups
-from bitfold.numerics.straight_through import quantize_through
+from bitfold.models.family import NormSite
+from bitfold.numerics import to_groups
+from bitfold.numerics.straight_through import fake_quantize_trainable
 from bitfold.part import Need
 from bitfold.transforms.block_transform import (
     BlockFit,
@@ -24,8 +26,9 @@ from bitfold.transforms.block_transform import (
     Clipping,
     Terms,
 )
-from bitfold.transforms.groups import fold
+from bitfold.transforms.groups import Transform, fold
 from bitfold.transforms.learned import Learned, MaskSettings, learned_at
+from bitfold.transforms.outputs import restored
 
 __all__ = ["Affine"]
 
@@ -38,31 +41,46 @@ _LARGEST_CHANGE = 0.02
 class Affine(BlockTransform):
     """epochs: passes over the calibration windows; 0 does nothing. batch: windows in a step.
     matrices: `full` per head where the group has them, or `diagonal` (OmniQuant). clipping, shifts: learn them.
+    norms: `folded`, a diagonal behind each norm, which costs nothing; or `online`, a full matrix as in the paper's
+    weight-only setting, whose inverse stays there and runs.
     alpha: stability factor of the off-diagonal entries. gradual: open the mask epoch by epoch.
     dominance: keep the matrices diagonally dominant by at least `margin`, or leave them (`off`).
+    scope: of the loss: the `block`'s output, or each `linear` layer's own.
     terms: of the loss, see `Terms`; `auto`: both where activations are quantized.
     precision: of A and its inverse; `mixed` is a float32 A and a float64 inverse.
     compute: of the block's matrix products while learning; `auto`: bfloat16 where that changes the loss at the start by
-    less than 2 %.
+    less than 2 %. A run in float64 stays in it.
     scale_rate, shift_rate, clip_rate: learning rates at the start; they fall to zero along a cosine."""
 
     needs = frozenset[Need]({"loss"})
 
-    epochs: int = Field(default=10, ge=0)
+    epochs: int = Field(default=5, ge=0)
     batch: int = Field(default=2, ge=1)
     matrices: Literal["full", "diagonal"] = "full"
+    norms: Literal["folded", "online"] = "folded"
     clipping: bool = True
     shifts: bool = True
     alpha: float = Field(default=0.1, gt=0, le=1)
     gradual: bool = True
     dominance: Literal["project", "off"] = "project"
     margin: float = Field(default=0.05, ge=0, lt=1)
+    scope: Literal["block", "linear"] = "block"
     terms: Terms | Literal["auto"] = "auto"
     precision: Literal["float32", "float64", "mixed"] = "mixed"
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
     scale_rate: float = Field(default=2e-2, gt=0)
     shift_rate: float = Field(default=5e-3, gt=0)
-    clip_rate: float = Field(default=3e-2, gt=0)
+    clip_rate: float = Field(default=1e-1, gt=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.norms == "online" and self.matrices == "diagonal":
+            raise ValueError("norms=online is a full matrix: leave out matrices=diagonal")
+        return self
+
+    def online_size(self, site: NormSite, width: int) -> int | None:
+        """See `BlockTransform.online_size`."""
+        return width if self.norms == "online" else None
 
     def fit(self, problem: BlockProblem) -> BlockFit:
         """See `BlockTransform.fit`."""
@@ -71,8 +89,16 @@ class Affine(BlockTransform):
         )
         full = self.matrices == "full"
         found = [
-            learned_at(s, problem.weights, problem.heads, settings, full=full, shifts=self.shifts)
-            for s in problem.sites
+            learned_at(
+                site,
+                problem.weights,
+                problem.heads,
+                settings,
+                full=full,
+                shifts=self.shifts,
+                online=self.norms == "online",
+            )
+            for site in problem.sites
         ]
         state = _State(
             [one for one in found if one is not None],
@@ -113,15 +139,25 @@ class _State:
         for parameter, value in zip(self.parameters, values, strict=True):
             parameter.copy_(value)
 
-    def rewritten(self, problem: BlockProblem) -> dict[str, Tensor]:
+    def transforms(self) -> list[Transform]:
+        """What the parameters stand for now, in the order of folding; differentiable."""
+        return [site.transform() for site in self.sites]
+
+    def rewritten(
+        self, problem: BlockProblem, transforms: Iterable[Transform]
+    ) -> dict[str, Tensor]:
         """The block's weights, folded and rounded; differentiable."""
         weights: dict[str, Tensor] = dict(problem.weights)
-        for site in self.sites:
-            weights = fold(weights, site.transform(), problem.heads)
+        for transform in transforms:
+            weights = fold(weights, transform, problem.heads)
         for name, scheme in problem.schemes.items():
             if scheme.weight is not None:
                 key = f"{name}.weight"
-                weights[key] = _rounded(weights[key], scheme, self.clipping.get(name))
+                clipping = self.clipping.get(name)
+                ratios = (
+                    None if clipping is None else (clipping[0].sigmoid(), clipping[1].sigmoid())
+                )
+                weights[key] = fake_quantize_trainable(weights[key], scheme.weight, ratios)
         return weights
 
 
@@ -130,7 +166,7 @@ class _Descent:
 
     def __init__(self, affine: Affine, problem: BlockProblem, state: _State) -> None:
         self.affine, self.problem, self.state = affine, problem, state
-        self.optimizer = torch.optim.Adam(state.groups(affine), betas=(0.9, 0.99))
+        self.optimizer = _adam(state, affine)
         self.terms: Terms = _terms(affine, problem)
         self.halvings = 0
         self.notes: list[str] = []
@@ -139,8 +175,9 @@ class _Descent:
         self.generator = generator
         count = min(problem.windows, _CHECK_WINDOWS)
         self.check = torch.randperm(problem.windows, generator=generator)[:count]
-        self.low = affine.compute == "bfloat16"
-        if affine.compute == "auto":
+        exact_run = any(w.dtype == torch.float64 for w in problem.weights.values())
+        self.low = affine.compute == "bfloat16" and not exact_run
+        if affine.compute == "auto" and not exact_run:
             exact = self._checked()
             self.low = True
             self.low = abs(self._checked() - exact) <= _LARGEST_CHANGE * exact
@@ -182,8 +219,8 @@ class _Descent:
             if not torch.isfinite(loss):
                 return False
             loss.backward()
-        gradients = [p.grad for p in self.state.parameters if p.grad is not None]
-        if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
+        sums = [p.grad.sum() for p in self.state.parameters if p.grad is not None]
+        if not torch.isfinite(torch.stack(sums)).all():  # a sum is finite only if all is
             return False
         self.optimizer.step()
         for site in self.state.sites:
@@ -191,11 +228,21 @@ class _Descent:
         return True
 
     def _loss(self, windows: Tensor) -> Tensor:
+        problem = self.problem
         try:
-            weights = self.state.rewritten(self.problem)
+            transforms = self.state.transforms()
         except torch.linalg.LinAlgError:  # a singular matrix: as bad as a loss can be
             return torch.tensor(math.nan)
-        return self.problem.loss(weights, windows, self.terms, self.low)
+        weights = self.state.rewritten(problem, transforms)
+        if self.affine.scope == "block":
+            return problem.loss(weights, windows, self.terms, self.low)
+
+        def restore(name: str, output: Tensor) -> Tensor:
+            for transform in transforms:
+                output = restored(transform, name, output, problem.heads)
+            return output
+
+        return problem.linear_loss(weights, windows, self.terms, self.low, restore)
 
     @torch.no_grad()
     def _checked(self) -> float:
@@ -205,7 +252,7 @@ class _Descent:
 
     def _back_to(self, best: list[Tensor], epoch: int) -> None:
         self.state.restore(best)
-        self.optimizer = torch.optim.Adam(self.state.groups(self.affine), betas=(0.9, 0.99))
+        self.optimizer = _adam(self.state, self.affine)
         self.halvings += 1
         self.notes.append(
             f"a loss in epoch {epoch + 1} was not finite: went back to the best state and halved the step"
@@ -224,9 +271,9 @@ class _Descent:
         }
         if epoch < 0:  # nothing was better than doing nothing
             return BlockFit([], {}, {"start": start, "best": best, "losses": self.losses})
-        transforms = [site.transform() for site in self.state.sites]
+        transforms = self.state.transforms()
         sites = [
-            {"site": type(transform.site).__name__, **site.report()}
+            {"site": transform.site.name, **site.report()}
             for site, transform in zip(self.state.sites, transforms, strict=True)
         ]
         report = {
@@ -241,6 +288,10 @@ class _Descent:
         return BlockFit(transforms, clipping, report)
 
 
+def _adam(state: _State, affine: Affine) -> torch.optim.Optimizer:
+    return torch.optim.Adam(state.groups(affine), betas=(0.9, 0.99), fused=True)
+
+
 def _terms(affine: Affine, problem: BlockProblem) -> Terms:
     if affine.terms != "auto":
         return affine.terms
@@ -253,18 +304,8 @@ def _clipping_parameters(problem: BlockProblem) -> dict[str, tuple[Tensor, Tenso
     parameters = {}
     for name, scheme in problem.schemes.items():
         if scheme.weight is not None and scheme.weight.granularity != "tensor":
-            shape = (*to_groups(problem.weights[f"{name}.weight"], scheme.weight).shape[:-1], 1)
-            device = problem.weights[f"{name}.weight"].device
-            lower, upper = (torch.full(shape, CLIPPING_START, device=device) for _ in range(2))
+            weight = problem.weights[f"{name}.weight"]
+            shape = (*to_groups(weight, scheme.weight).shape[:-1], 1)
+            lower, upper = (weight.new_full(shape, CLIPPING_START) for _ in range(2))
             parameters[name] = (lower.requires_grad_(), upper.requires_grad_())
     return parameters
-
-
-def _rounded(weight: Tensor, scheme: Scheme, clipping: tuple[Tensor, Tensor] | None) -> Tensor:
-    """A weight as it will be after rounding, differentiable in itself and in its clipping."""
-    assert scheme.weight is not None
-    groups = to_groups(weight, scheme.weight)
-    minimum, maximum = groups.amin(dim=-1, keepdim=True), groups.amax(dim=-1, keepdim=True)
-    if clipping is not None:
-        minimum, maximum = minimum * clipping[0].sigmoid(), maximum * clipping[1].sigmoid()
-    return from_groups(quantize_through(groups, minimum, maximum, scheme.weight), weight.shape)

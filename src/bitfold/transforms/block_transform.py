@@ -7,25 +7,31 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from bitfold.models.family import Site
+from bitfold.models.family import NormSite, Site
 from bitfold.numerics import Scheme
 from bitfold.part import Part
 from bitfold.transforms.groups import Heads, Transform
 
-__all__ = ["BlockFit", "BlockProblem", "BlockTransform", "Clipping", "Terms"]
+__all__ = ["BlockFit", "BlockProblem", "BlockTransform", "Clipping", "Restore", "Terms"]
 
 Terms = Literal["original", "quantized", "both"]
 """Which outputs the quantized block is held against: f(X), f(X̂), or both (AffineQuant's augmented loss)."""
+
+Restore = Callable[[str, Tensor], Tensor]
+"""Puts the output of a rewritten layer, by name, back into the basis of the original."""
 
 
 @dataclass(frozen=True)
 class BlockProblem:
     """A block to be rewritten so that it rounds well.
 
-    weights: by name, in the dtype of computation. schemes: of the linear layers. windows: how many there are.
+    weights: by name, float32 or float64: the precision of what is learned, whatever the block runs in. schemes: of the
+    linear layers. windows: how many there are.
     loss(weights, windows, terms, low): mean squared error of the block's output with these (rewritten, rounded) weights
     on the windows of these indices, relative to what the block adds to the stream; differentiable in the weights. `low`
     runs the block's matrix products in bfloat16.
+    linear_loss(weights, windows, terms, low, restore): the mean over the linear layers of the relative squared error of
+    each one's own output, as the formula of AffineQuant's paper has it.
     seed: of everything drawn. report(done, total, what): progress.
     """
 
@@ -35,6 +41,7 @@ class BlockProblem:
     heads: Heads
     windows: int
     loss: Callable[[Mapping[str, Tensor], Tensor, Terms, bool], Tensor]
+    linear_loss: Callable[[Mapping[str, Tensor], Tensor, Terms, bool, Restore], Tensor]
     seed: int
     report: Callable[[int, int, str], None]
 
@@ -62,3 +69,7 @@ class BlockTransform(Part):
     @abstractmethod
     def fit(self, problem: BlockProblem) -> BlockFit:
         """Transforms and clipping of the least loss found; never worse than doing nothing."""
+
+    def online_size(self, site: NormSite, width: int) -> int | None:
+        """The blocks' size where it leaves a matrix behind a norm of this width, which runs; None: all is folded."""
+        return None

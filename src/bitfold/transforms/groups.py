@@ -12,7 +12,6 @@ Shapes: n is the producer's width; K KV heads of H dimensions each, P = H/2 pair
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from bitfold.errors import EquivalenceError
 from bitfold.models.family import FcPair, NormSite, QueryKey, Site, UpDown, ValueOutput
+from bitfold.transforms.norms import Weights, bias_of, fold_norm, fold_online
 
 __all__ = [
     "Diagonal",
@@ -27,14 +27,13 @@ __all__ = [
     "HeadPermutation",
     "Heads",
     "NormedPairScale",
+    "OnlineMatrix",
     "Permutation",
     "RotaryScale",
     "Transform",
     "Weights",
     "fold",
 ]
-
-Weights = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,10 @@ class Diagonal(Transform):
     ) -> dict[str, Tensor]:
         site = self.site
         if isinstance(site, NormSite):
-            return _fold_norm(weights, site, self.scale, self.shift, storage)
+            if site.online in weights:  # what runs behind the norm is what the readers see
+                online = OnlineMatrix(site, self.matrix, self.inverse, self.shift)
+                return online.fold(weights, heads, storage)
+            return fold_norm(weights, site, self.scale, self.shift, storage)
         if isinstance(site, ValueOutput):
             blocks = torch.diag_embed(self.scale.view(heads.keys, heads.size))
             inverse = torch.diag_embed(self.scale.reciprocal().view(heads.keys, heads.size))
@@ -128,6 +130,35 @@ class Diagonal(Transform):
             return _fold_pair(weights, site.fc1, site.fc2, self.scale)
         raise EquivalenceError(
             f"A diagonal does not pass {type(site).__name__}: choose another group."
+        )
+
+
+@dataclass(frozen=True)
+class OnlineMatrix(Transform):
+    """norm → readers, *not* folded: any invertible A, block-diagonal [k, n/k, n/k] (k = 1: full); shift [n].
+
+    No gain absorbs A⁻¹: it stays behind the norm, as the module's `online`, and runs. A shift needs the biases that
+    carry it, as for `Diagonal`.
+    """
+
+    site: NormSite
+    blocks: Tensor
+    blocks_inverse: Tensor
+    shift: Tensor | None = None
+
+    @property
+    def matrix(self) -> Tensor:
+        return self.blocks
+
+    @property
+    def inverse(self) -> Tensor:
+        return self.blocks_inverse
+
+    def fold(
+        self, weights: Weights, heads: Heads, storage: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        return fold_online(
+            weights, self.site, self.blocks, self.blocks_inverse, self.shift, storage
         )
 
 
@@ -306,44 +337,6 @@ class HeadPermutation(Transform):
         return _permuted(folded, (self.queries.query,), self.site.output, queries, queries)
 
 
-def _fold_norm(
-    weights: Weights,
-    site: NormSite,
-    scale: Tensor,
-    shift: Tensor | None,
-    storage: torch.dtype | None,
-) -> dict[str, Tensor]:
-    folded = dict(weights)
-    gain = weights[f"{site.norm}.weight"]
-    stored = (gain + site.offset) / scale - site.offset
-    if storage is not None:
-        # The gain is rounded first, and the readers take what is left: γ/γ' instead of s.
-        stored = _stored_gain(stored, site.offset, storage)
-        exact = (gain + site.offset) / (stored + site.offset)
-        # A channel whose gain is zero (before or after rounding) carries nothing: any scale serves.
-        scale = torch.where(torch.isfinite(exact) & (exact != 0), exact, scale)
-    folded[f"{site.norm}.weight"] = stored
-    bias = weights.get(f"{site.norm}.bias")
-    if bias is not None:
-        folded[f"{site.norm}.bias"] = (bias if shift is None else bias - shift) / scale
-    elif shift is not None:
-        raise EquivalenceError(f"{site.norm} has no bias that could carry a shift.")
-    for reader in site.readers:
-        weight = weights[f"{reader}.weight"]
-        if shift is not None:
-            folded[f"{reader}.bias"] = _bias(weights, reader) + weight @ shift
-        folded[f"{reader}.weight"] = weight * scale
-    return folded
-
-
-def _stored_gain(stored: Tensor, offset: float, storage: torch.dtype) -> Tensor:
-    """A norm's gain rounded to what can be stored, but not to one that would lose its channel (Gemma's −1)."""
-    rounded = stored.to(storage).to(stored.dtype)
-    lost = (rounded + offset == 0) & (stored + offset != 0)
-    nearest = -offset * (1 - torch.finfo(storage).eps / 2) if offset else torch.finfo(storage).tiny
-    return torch.where(lost, torch.full_like(rounded, nearest), rounded)
-
-
 def _fold_value_output(
     weights: Weights,
     site: ValueOutput,
@@ -358,7 +351,7 @@ def _fold_value_output(
     columns = output.view(output.shape[0], heads.keys, heads.shared, heads.size)
     if shift is not None:
         carried = torch.einsum("okqh,kh->o", columns, shift.view(heads.keys, heads.size))
-        folded[f"{site.output}.bias"] = _bias(weights, site.output) + carried
+        folded[f"{site.output}.bias"] = bias_of(weights, site.output) + carried
     # W'_h = W_h Aᵀ, once for every query head that shares the KV head.
     read_back = torch.einsum("okqh,kgh->okqg", columns.to(blocks.dtype), blocks)
     folded[f"{site.output}.weight"] = read_back.to(output.dtype).reshape(output.shape)
@@ -384,7 +377,7 @@ def _on_rows(folded: dict[str, Tensor], name: str, blocks: Tensor, shift: Tensor
     turned = blocks @ weight.view(heads, size, -1).to(blocks.dtype)
     folded[f"{name}.weight"] = turned.to(weight.dtype).reshape(weight.shape)
     if shift is not None or f"{name}.bias" in folded:
-        bias = _bias(folded, name) if shift is None else _bias(folded, name) - shift
+        bias = bias_of(folded, name) if shift is None else bias_of(folded, name) - shift
         turned = blocks @ bias.view(heads, size, 1).to(blocks.dtype)
         folded[f"{name}.bias"] = turned.to(weight.dtype).reshape(-1)
 
@@ -423,9 +416,3 @@ def _permuted(
     if columns is not None:
         folded[f"{columns}.weight"] = weights[f"{columns}.weight"][:, column_order]
     return folded
-
-
-def _bias(weights: Weights, name: str) -> Tensor:
-    if f"{name}.bias" not in weights:
-        raise EquivalenceError(f"{name} has no bias that could carry a shift.")
-    return weights[f"{name}.bias"]

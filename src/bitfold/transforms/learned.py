@@ -18,6 +18,7 @@ from bitfold.transforms.groups import (
     HeadMatrix,
     Heads,
     NormedPairScale,
+    OnlineMatrix,
     RotaryScale,
     Transform,
     Weights,
@@ -68,10 +69,10 @@ class Learned(ABC):
 
 
 class _Scale(Learned):
-    def __init__(self, site: Site, size: int, shift: bool, device: torch.device) -> None:
+    def __init__(self, site: Site, size: int, shift: bool, like: Tensor) -> None:
         self._site = site
-        self.scales = [torch.zeros(size, device=device, requires_grad=True)]
-        self.shifts = [torch.zeros(size, device=device, requires_grad=True)] if shift else []
+        self.scales = [like.new_zeros(size).requires_grad_()]
+        self.shifts = [like.new_zeros(size).requires_grad_()] if shift else []
 
     def transform(self) -> Transform:
         return Diagonal(self._site, self.scales[0].exp(), self.shifts[0] if self.shifts else None)
@@ -82,10 +83,10 @@ class _Scale(Learned):
 
 
 class _Rotary(Learned):
-    def __init__(self, site: QueryKey, heads: Heads, device: torch.device) -> None:
+    def __init__(self, site: QueryKey, heads: Heads, like: Tensor) -> None:
         self._site = site
         shape = (heads.keys, heads.size // 2)
-        self.scales = [torch.zeros(shape, device=device, requires_grad=True) for _ in range(2)]
+        self.scales = [like.new_zeros(shape).requires_grad_() for _ in range(2)]
         self.shifts = []
 
     def transform(self) -> Transform:
@@ -94,9 +95,9 @@ class _Rotary(Learned):
 
 
 class _NormedPair(Learned):
-    def __init__(self, site: QueryKey, heads: Heads, device: torch.device) -> None:
+    def __init__(self, site: QueryKey, heads: Heads, like: Tensor) -> None:
         self._site = site
-        self.scales = [torch.zeros(heads.size // 2, device=device, requires_grad=True)]
+        self.scales = [like.new_zeros(heads.size // 2).requires_grad_()]
         self.shifts = []
 
     def transform(self) -> Transform:
@@ -104,22 +105,22 @@ class _NormedPair(Learned):
 
 
 class _Matrix(Learned):
-    """A∘GM per KV head, [K, H, H]."""
+    """A∘GM per KV head [K, H, H], or behind a norm, where it runs, as one head [1, n, n]."""
 
     def __init__(
         self,
-        site: ValueOutput | QueryKey,
+        site: NormSite | ValueOutput | QueryKey,
         heads: Heads,
         shift: bool,
         settings: MaskSettings,
-        device: torch.device,
+        like: Tensor,
     ) -> None:
         self._site, self._settings = site, settings
-        dtype = torch.float64 if settings.precision == "float64" else torch.float32
-        blocks = torch.eye(heads.size, dtype=dtype, device=device).repeat(heads.keys, 1, 1)
+        dtype = torch.float64 if settings.precision == "float64" else like.dtype
+        blocks = torch.eye(heads.size, dtype=dtype, device=like.device).repeat(heads.keys, 1, 1)
         self.scales = [blocks.requires_grad_()]
         width = heads.keys * heads.size
-        self.shifts = [torch.zeros(width, device=device, requires_grad=True)] if shift else []
+        self.shifts = [like.new_zeros(width).requires_grad_()] if shift else []
         self.start_epoch(0)
 
     def start_epoch(self, epoch: int) -> None:
@@ -135,7 +136,10 @@ class _Matrix(Learned):
         blocks = self.scales[0] * self._mask
         precise = blocks.double() if self._settings.precision == "mixed" else blocks
         inverse = torch.linalg.inv(precise).to(blocks.dtype)
-        return HeadMatrix(self._site, blocks, inverse, self.shifts[0] if self.shifts else None)
+        shift = self.shifts[0] if self.shifts else None
+        if isinstance(self._site, NormSite):
+            return OnlineMatrix(self._site, blocks, inverse, shift)
+        return HeadMatrix(self._site, blocks, inverse, shift)
 
     def report(self) -> dict[str, float]:
         blocks = (self.scales[0].detach() * self._mask).double()
@@ -153,31 +157,36 @@ def learned_at(
     *,
     full: bool,
     shifts: bool,
+    online: bool = False,
 ) -> Learned | None:
     """The parameters for a site, or None where nothing of the kind can stand.
 
-    full: matrices per head where the group has them, else diagonals. shifts: where biases can carry one.
+    weights: float32 or float64, the precision of what is learned. full: matrices per head where the group has them,
+    else diagonals. shifts: where biases can carry one. online: a full matrix behind a norm, which then runs.
     """
-    device = next(iter(weights.values())).device
+    like = next(iter(weights.values()))
     if isinstance(site, NormSite):
         carried = shifts and _have_bias(weights, site.norm, *site.readers)
-        return _Scale(site, weights[f"{site.norm}.weight"].numel(), carried, device)
+        width = weights[f"{site.norm}.weight"].numel()
+        if online:
+            return _Matrix(site, Heads(1, 1, width), carried, settings, like)
+        return _Scale(site, width, carried, like)
     if isinstance(site, ValueOutput):
         carried = shifts and _have_bias(weights, site.value, site.output)
         if full:
-            return _Matrix(site, heads, carried, settings, device)
-        return _Scale(site, heads.keys * heads.size, carried, device)
+            return _Matrix(site, heads, carried, settings, like)
+        return _Scale(site, heads.keys * heads.size, carried, like)
     if isinstance(site, UpDown):
-        return _Scale(site, weights[f"{site.up}.weight"].shape[0], False, device)
+        return _Scale(site, weights[f"{site.up}.weight"].shape[0], False, like)
     if isinstance(site, FcPair):
         width = weights[f"{site.fc1}.weight"].shape[0]
-        return _Scale(site, width, False, device) if site.homogeneous else None
+        return _Scale(site, width, False, like) if site.homogeneous else None
     if site.key_norm is not None:
-        return _NormedPair(site, heads, device)
+        return _NormedPair(site, heads, like)
     if site.rotary == "half-split":
-        return _Rotary(site, heads, device)
+        return _Rotary(site, heads, like)
     carried = shifts and _have_bias(weights, site.key)
-    return _Matrix(site, heads, carried, settings, device) if full else None
+    return _Matrix(site, heads, carried, settings, like) if full else None
 
 
 def _have_bias(weights: Weights, *names: str) -> bool:

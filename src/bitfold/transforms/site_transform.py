@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from bitfold.models.family import Site
+from bitfold.models.family import NormSite, Site
 from bitfold.numerics import Scheme
 from bitfold.part import Part
 from bitfold.statistics import InputStatistics
@@ -30,3 +30,7 @@ class SiteTransform(Part):
 
         weights: the block's, [out, in] each; statistics: of the readers' input; schemes: of the readers, by name.
         """
+
+    def online_size(self, site: NormSite, width: int) -> int | None:
+        """The blocks' size where it leaves a matrix behind a norm of this width, which runs; None: all is folded."""
+        return None

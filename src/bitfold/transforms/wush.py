@@ -19,11 +19,12 @@ import torch
 from scipy.linalg import hadamard
 from torch import Tensor
 
-from bitfold.models.family import QueryKey, Site, ValueOutput
+from bitfold.models.family import NormSite, QueryKey, Site, ValueOutput
 from bitfold.numerics import Scheme
 from bitfold.part import Need
 from bitfold.statistics import InputStatistics
-from bitfold.transforms.groups import HeadMatrix, Heads, RotaryScale, Transform
+from bitfold.transforms.diagonal import reader_weights
+from bitfold.transforms.groups import HeadMatrix, Heads, OnlineMatrix, RotaryScale, Transform
 from bitfold.transforms.site_transform import SiteTransform
 
 __all__ = ["Wush", "closed_form"]
@@ -31,12 +32,18 @@ __all__ = ["Wush", "closed_form"]
 
 class Wush(SiteTransform):
     """damping: share of the mean moment that is added to each moment's diagonal, so that both are invertible.
-    rotate: end with the Hadamard matrix (head sizes that are a power of two), or keep the singular basis (`none`)."""
+    rotate: end with the Hadamard matrix (sizes that are a power of two), or keep the singular basis (`none`).
+    norms: `none`: nothing behind norms; or `online`, the closed form of the whole width there, which then runs."""
 
     needs = frozenset[Need]({"gram", "rows"})
 
     damping: float = 1e-4
     rotate: Literal["hadamard", "none"] = "hadamard"
+    norms: Literal["none", "online"] = "none"
+
+    def online_size(self, site: NormSite, width: int) -> int | None:
+        """See `SiteTransform.online_size`."""
+        return width if self.norms == "online" else None
 
     def fit(
         self,
@@ -52,6 +59,8 @@ class Wush(SiteTransform):
         """
         if isinstance(site, QueryKey):
             return self._query_key(site, weights, statistics.rows, heads)
+        if isinstance(site, NormSite):
+            return self._norm(site, weights, statistics.gram) if self.norms == "online" else None
         if not isinstance(site, ValueOutput):
             return None
         output = weights[f"{site.output}.weight"].double()
@@ -61,6 +70,15 @@ class Wush(SiteTransform):
         blocks, inverse = closed_form(moment_w, moment_x, self.damping, self.rotate == "hadamard")
         dtype = weights[f"{site.output}.weight"].dtype
         return HeadMatrix(site, blocks.to(dtype), inverse.to(dtype))
+
+    def _norm(self, site: NormSite, weights: Mapping[str, Tensor], gram: Tensor) -> OnlineMatrix:
+        readers = reader_weights(weights, site).double()
+        moment_w, moment_x = readers.T @ readers / len(readers), gram.double()
+        blocks, inverse = closed_form(
+            moment_w[None], moment_x[None], self.damping, self.rotate == "hadamard"
+        )
+        dtype = weights[f"{site.norm}.weight"].dtype
+        return OnlineMatrix(site, blocks.to(dtype), inverse.to(dtype))
 
     def _query_key(
         self, site: QueryKey, weights: Mapping[str, Tensor], rows: Tensor, heads: Heads

@@ -1,0 +1,72 @@
+"""What runs behind a module does so in a loaded model and in the simulation alike, and leaves nothing behind there."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import Tensor
+
+from bitfold.models.checkpoint import Checkpoint
+from bitfold.models.skeleton import Skeleton
+from bitfold.runtime.online import BlockDiagonal, attach, running_online
+from models_zoo import Zoo
+
+FAMILIES = {
+    "llama": "input_layernorm",
+    "gemma3": "pre_feedforward_layernorm",
+    "opt": "final_layer_norm",
+}
+
+
+def _attached(blocks: Tensor) -> torch.nn.Module:
+    norm = torch.nn.LayerNorm(8)
+    attach(norm, BlockDiagonal(*blocks.shape[:2]))
+    norm.get_parameter("online.weight").data = blocks
+    return norm
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_module_hands_its_output_through(count: int) -> None:
+    blocks = torch.randn(count, 8 // count, 8 // count)
+    x = torch.randn(3, 8)
+    plain = torch.nn.LayerNorm(8)
+    expected = plain(x) @ torch.block_diag(*blocks)
+    assert torch.allclose(_attached(blocks)(x), expected, atol=1e-6)
+    with running_online(torch.nn.ModuleDict({"n": plain}), {"n.online.weight": blocks}):
+        assert torch.allclose(plain(x), expected, atol=1e-6)
+
+
+def test_at_first_it_is_the_identity() -> None:
+    norm, x = torch.nn.LayerNorm(8), torch.randn(3, 8)
+    before = norm(x)
+    attach(norm, BlockDiagonal(2, 4))
+    assert torch.equal(norm(x), before)
+
+
+def test_a_copy_runs_its_own() -> None:
+    norm = _attached(torch.randn(1, 8, 8))
+    copy = deepcopy(norm)
+    copy.get_parameter("online.weight").data.zero_()
+    x = torch.randn(3, 8)
+    assert copy(x).abs().sum() == 0
+    assert norm(x).abs().sum() > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_block_runs_what_is_among_its_weights(family: str, checkpoint: Zoo) -> None:
+    """As part of a differentiable function, and not once the call is over."""
+    skeleton = Skeleton(Checkpoint(checkpoint(family, torch.float32)))
+    weights = skeleton.load_block(0)
+    hidden = torch.randn(2, 5, 64)
+    plain = skeleton.run(0, weights, hidden)
+    name = f"{FAMILIES[family]}.online.weight"
+    same = skeleton.run(0, weights | {name: torch.eye(64)[None]}, hidden)
+    assert torch.allclose(same, plain, atol=1e-5)
+    matrix = (torch.randn(4, 16, 16) / 4).requires_grad_()
+    other = skeleton.run(0, weights | {name: matrix}, hidden)
+    assert (other - plain).abs().max() > 0.02
+    other.sum().backward()
+    assert matrix.grad is not None
+    assert matrix.grad.abs().sum() > 0
+    assert torch.equal(skeleton.run(0, weights, hidden), plain)
+    assert "online" not in dict(skeleton.blocks[0].get_submodule(FAMILIES[family]).named_children())
