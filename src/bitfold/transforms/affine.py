@@ -8,7 +8,7 @@ listed in docs/affinequant.md.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, Self
 
 import torch
@@ -144,16 +144,16 @@ class _State:
         return [site.transform() for site in self.sites]
 
     def rewritten(
-        self, problem: BlockProblem, transforms: Iterable[Transform]
+        self, problem: BlockProblem, transforms: Iterable[Transform], *, clips: bool
     ) -> dict[str, Tensor]:
-        """The block's weights, folded and rounded; differentiable."""
+        """The block's weights, folded and rounded, with or without learned clipping; differentiable."""
         weights: dict[str, Tensor] = dict(problem.weights)
         for transform in transforms:
             weights = fold(weights, transform, problem.heads)
         for name, scheme in problem.schemes.items():
             if scheme.weight is not None:
                 key = f"{name}.weight"
-                clipping = self.clipping.get(name)
+                clipping = self.clipping.get(name) if clips else None
                 ratios = (
                     None if clipping is None else (clipping[0].sigmoid(), clipping[1].sigmoid())
                 )
@@ -184,8 +184,10 @@ class _Descent:
 
     def run(self) -> BlockFit:
         affine, state = self.affine, self.state
-        best, start = state.copy(), self._checked()
-        best_loss, best_epoch = start, -1
+        nothing, start = self._checked(clips=False), self._checked()
+        best, best_loss, best_epoch = state.copy(), nothing, None
+        if affine.epochs and start < nothing:
+            best_loss, best_epoch = start, 0
         steps = affine.epochs * math.ceil(self.problem.windows / affine.batch)
         done = 0
         for epoch in range(affine.epochs):
@@ -204,18 +206,18 @@ class _Descent:
             if not math.isfinite(loss):
                 self._back_to(best, epoch)
             elif loss < best_loss:
-                best, best_loss, best_epoch = state.copy(), loss, epoch
+                best, best_loss, best_epoch = state.copy(), loss, epoch + 1
         # The best epoch's mask is the one its matrices were measured with.
         for site in state.sites:
-            site.start_epoch(max(best_epoch, 0))
+            site.start_epoch(max((best_epoch or 0) - 1, 0))
         state.restore(best)
-        return self._result(start, best_loss, best_epoch)
+        return self._result(nothing, best_loss, best_epoch)
 
     def _step(self, windows: Tensor) -> bool:
         """One step of descent; False, and no step, where the loss or a gradient is not finite."""
         self.optimizer.zero_grad(set_to_none=True)
         with torch.enable_grad():
-            loss = self._loss(windows)
+            loss = self._loss()(windows)
             if not torch.isfinite(loss):
                 return False
             loss.backward()
@@ -227,28 +229,30 @@ class _Descent:
             site.after_step()
         return True
 
-    def _loss(self, windows: Tensor) -> Tensor:
-        problem = self.problem
+    def _loss(self, *, clips: bool = True) -> Callable[[Tensor], Tensor]:
+        """The loss of the state as it is now, as a function of windows."""
+        problem, terms, low = self.problem, self.terms, self.low
         try:
             transforms = self.state.transforms()
         except torch.linalg.LinAlgError:  # a singular matrix: as bad as a loss can be
-            return torch.tensor(math.nan)
-        weights = self.state.rewritten(problem, transforms)
+            return lambda windows: torch.tensor(math.nan)
+        weights = self.state.rewritten(problem, transforms, clips=clips)
         if self.affine.scope == "block":
-            return problem.loss(weights, windows, self.terms, self.low)
+            return lambda windows: problem.loss(weights, windows, terms, low)
 
         def restore(name: str, output: Tensor) -> Tensor:
             for transform in transforms:
                 output = restored(transform, name, output, problem.heads)
             return output
 
-        return problem.linear_loss(weights, windows, self.terms, self.low, restore)
+        return lambda windows: problem.linear_loss(weights, windows, terms, low, restore)
 
     @torch.no_grad()
-    def _checked(self) -> float:
+    def _checked(self, *, clips: bool = True) -> float:
+        """The loss on the windows that are set apart for it."""
+        loss = self._loss(clips=clips)
         parts = self.check.split(self.affine.batch)
-        total = sum(float(self._loss(part)) * len(part) for part in parts)
-        return total / len(self.check)
+        return sum(float(loss(part)) * len(part) for part in parts) / len(self.check)
 
     def _back_to(self, best: list[Tensor], epoch: int) -> None:
         self.state.restore(best)
@@ -264,26 +268,26 @@ class _Descent:
             group["lr"] = group["start"] * factor
 
     @torch.no_grad()
-    def _result(self, start: float, best: float, epoch: int) -> BlockFit:
-        clipping = {
-            name: Clipping(lower.sigmoid(), upper.sigmoid())
-            for name, (lower, upper) in self.state.clipping.items()
+    def _result(self, nothing: float, best: float, epoch: int | None) -> BlockFit:
+        """The best state, of epoch 0 where that is the start; without one doing nothing was best."""
+        report: dict[str, Any] = {
+            "start": nothing,
+            "best": best,
+            "best_epoch": epoch,
+            "losses": self.losses,
+            "compute": "bfloat16" if self.low else "float32",
+            "notes": self.notes,
         }
-        if epoch < 0:  # nothing was better than doing nothing
-            return BlockFit([], {}, {"start": start, "best": best, "losses": self.losses})
+        if epoch is None:
+            return BlockFit([], {}, report)
         transforms = self.state.transforms()
-        sites = [
+        report["sites"] = [
             {"site": transform.site.name, **site.report()}
             for site, transform in zip(self.state.sites, transforms, strict=True)
         ]
-        report = {
-            "start": start,
-            "best": best,
-            "best_epoch": epoch + 1,
-            "losses": self.losses,
-            "compute": "bfloat16" if self.low else "float32",
-            "sites": sites,
-            "notes": self.notes,
+        clipping = {
+            name: Clipping(lower.sigmoid(), upper.sigmoid())
+            for name, (lower, upper) in self.state.clipping.items()
         }
         return BlockFit(transforms, clipping, report)
 

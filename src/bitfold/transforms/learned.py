@@ -93,6 +93,12 @@ class _Rotary(Learned):
         size, angle = self.scales[0].exp(), self.scales[1]
         return RotaryScale(self._site, size * angle.cos(), size * angle.sin())
 
+    def report(self) -> dict[str, float]:
+        size = (
+            self.scales[0].detach().exp()
+        )  # of a head's matrix: its pairs' sizes are the singular values
+        return {"condition": float((size.amax(dim=-1) / size.amin(dim=-1)).max())}
+
 
 class _NormedPair(Learned):
     def __init__(self, site: QueryKey, heads: Heads, like: Tensor) -> None:
@@ -102,6 +108,10 @@ class _NormedPair(Learned):
 
     def transform(self) -> Transform:
         return NormedPairScale(self._site, self.scales[0].exp())
+
+    def report(self) -> dict[str, float]:
+        factor = self.scales[0].detach().exp()
+        return {"condition": float(factor.max() / factor.min())}
 
 
 class _Matrix(Learned):
