@@ -161,7 +161,7 @@ def test_the_scope_of_each_linear_layer(
     family: str, precision: str, tokens: Path, tmp_path: Path
 ) -> None:
     model = build(family, torch.float32, tmp_path / "model")
-    options = ("affine.epochs=3", "affine.scope=linear", f"affine.precision={precision}")
+    options = ("affine.epochs=8", "affine.scope=linear", f"affine.precision={precision}")
     report = _quantized(model, tmp_path / "out", tokens, *options, scheme="w3a8")
     assert max(report["folding_errors"]) < 1e-4
     for fits in report["fits"]:

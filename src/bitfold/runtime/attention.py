@@ -4,8 +4,9 @@ The function sees queries and keys after the rotary embedding and the per-head n
 q/k/v quantization acts. A module without quantizers attends as `sdpa` does, to the bit.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from bitfold.numerics import Scheme, TensorScheme, fake_quantize_dynamic
+from bitfold.runtime.short_attention import LONGEST, short_attention
 
 __all__ = ["ATTENTION", "HeadQuantizers", "set_head_quantizers"]
 
@@ -58,7 +60,7 @@ def _attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    *args: object,
+    attention_mask: Tensor | None,
     **kwargs: object,
 ) -> tuple[Tensor, Tensor | None]:
     quantizers: HeadQuantizers | None = getattr(module, _ATTRIBUTE, None)
@@ -66,14 +68,27 @@ def _attention(
         query = quantizers.on(query, quantizers.query)
         key = quantizers.on(key, quantizers.key)
         value = quantizers.on(value, quantizers.value)
-    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    if query.dtype == torch.bfloat16 and query.is_cpu and torch.is_autocast_enabled("cpu"):
-        # Without AMX, PyTorch's attention takes twice as long in bfloat16 as in float32.
+    if _learning_in_bfloat16(query) and query.shape[-2] <= LONGEST and not _special(kwargs):
+        causal = attention_mask is None and getattr(module, "is_causal", True)
+        scaling: Any = kwargs.get("scaling")
         with torch.autocast("cpu", enabled=False):
-            result = sdpa(module, query.float(), key.float(), value.float(), *args, **kwargs)
-    else:
-        result = sdpa(module, query, key, value, *args, **kwargs)
+            found = short_attention(query, key, value, attention_mask, scaling, causal=causal)
+        return found, None
+    result: tuple[Tensor, Tensor | None] = ALL_ATTENTION_FUNCTIONS["sdpa"](
+        module, query, key, value, attention_mask, **kwargs
+    )
     return result
+
+
+def _learning_in_bfloat16(query: Tensor) -> bool:
+    return query.is_cpu and query.dtype != torch.float64 and torch.is_autocast_enabled("cpu")
+
+
+def _special(arguments: Mapping[str, object]) -> bool:
+    """Whether the model asks for what only the library's own function knows of, or refuses."""
+    return any(
+        arguments.get(name) is not None for name in ("softcap", "position_bias", "cache", "s_aux")
+    )
 
 
 # transformers' public way to add an attention function; the mask is sdpa's.
