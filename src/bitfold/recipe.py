@@ -26,7 +26,7 @@ from bitfold.errors import RecipeError, did_you_mean
 from bitfold.numerics import Scheme
 from bitfold.part import Need, Part
 from bitfold.ranges import RANGES, MinMax, Range
-from bitfold.rounding import ROUNDINGS, Nearest, Rounding
+from bitfold.rounding import ROUNDINGS, BlockRounding, Nearest, Rounding
 from bitfold.transforms import TRANSFORMS, BlockTransform, SiteTransform
 
 __all__ = ["LayerRule", "Recipe", "method_names", "method_text"]
@@ -88,7 +88,7 @@ TransformPart = Annotated[
 ]
 CorrectionPart = Annotated[Correction, _part("correction", CORRECTIONS), _named(CORRECTIONS)]
 RangePart = Annotated[Range, _part("range", RANGES), _named(RANGES)]
-RoundingPart = Annotated[Rounding, _part("rounding", ROUNDINGS), _named(ROUNDINGS)]
+RoundingPart = Annotated[Rounding | BlockRounding, _part("rounding", ROUNDINGS), _named(ROUNDINGS)]
 
 
 class LayerRule(BaseModel):

@@ -7,7 +7,7 @@ import torch
 
 from bitfold.numerics import TensorScheme, to_groups
 from bitfold.ranges import MinMax
-from bitfold.rounding import ROUNDINGS, Layer, Nearest
+from bitfold.rounding import ROUNDINGS, Layer, Nearest, Rounding
 from bitfold.statistics import InputStatistics
 from reference import round_group
 
@@ -34,7 +34,7 @@ def _statistics() -> InputStatistics:
 
 
 @by_scheme
-@pytest.mark.parametrize("name", ROUNDINGS)
+@pytest.mark.parametrize("name", [n for n, part in ROUNDINGS.items() if issubclass(part, Rounding)])
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 def test_the_contract(name: str, scheme: TensorScheme, stored: torch.dtype) -> None:
     x = weight()

@@ -86,7 +86,7 @@ def quantize_block(
         if scheme.activation is not None
     }
     tensors, rounding_notes = round_block(
-        skeleton, index, plan, streams, folded, inputs, rewritten.clipping
+        skeleton, index, plan, streams, folded, inputs, rewritten.clipping, report
     )
     heads = plan.attention[f"{prefix}.{skeleton.family.attention}"]
     errors = _layer_errors(skeleton, index, folded, tensors, inputs, streams.probe_quantized)

@@ -1,17 +1,32 @@
 """Ways of rounding, one file each. A new one is a new file and a line here.
 
-Each is a `Rounding`: `solve(layers, scale_dtype, statistics) → Rounded`, for the layers that are given the same input.
+Each is a `Rounding`: `solve(layers, scale_dtype, statistics) → Rounded`, for the layers that are given the same input;
+or a `BlockRounding`: `solve_block(layers, scale_dtype, block) → Rounded`, for all layers of a block, by its loss.
 """
 
+from bitfold.rounding.block_rounding import BlockLoss, BlockRounding
 from bitfold.rounding.gptaq import Gptaq
 from bitfold.rounding.gptq import Gptq
 from bitfold.rounding.nearest import Nearest
 from bitfold.rounding.rounding import Layer, Rounded, Rounding
+from bitfold.rounding.signround import Signround
 
-__all__ = ["ROUNDINGS", "Gptaq", "Gptq", "Layer", "Nearest", "Rounded", "Rounding"]
+__all__ = [
+    "ROUNDINGS",
+    "BlockLoss",
+    "BlockRounding",
+    "Gptaq",
+    "Gptq",
+    "Layer",
+    "Nearest",
+    "Rounded",
+    "Rounding",
+    "Signround",
+]
 
-ROUNDINGS: dict[str, type[Rounding]] = {
+ROUNDINGS: dict[str, type[Rounding | BlockRounding]] = {
     "nearest": Nearest,
     "gptq": Gptq,
     "gptaq": Gptaq,
+    "signround": Signround,
 }
