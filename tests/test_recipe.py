@@ -55,6 +55,7 @@ def test_every_method_is_a_recipe_that_says_what_it_is(method: str) -> None:
         ("gptq", ["minmax", "minmax", "gptq"], True),
         ("qep", ["qep", "minmax", "minmax", "gptq"], True),
         ("magr+qep", ["magr", "qep", "minmax", "minmax", "gptq"], True),
+        ("rotation", ["rotation", "minmax", "minmax", "gptq"], True),
         ("awq+gptq", ["awq", "output_error", "minmax", "gptq"], True),
         ("awq+rtn", ["awq", "output_error", "minmax", "nearest"], True),
     ],

@@ -27,7 +27,7 @@ from bitfold.numerics import Scheme
 from bitfold.part import Need, Part
 from bitfold.ranges import RANGES, MinMax, Range
 from bitfold.rounding import ROUNDINGS, BlockRounding, Nearest, Rounding
-from bitfold.transforms import TRANSFORMS, BlockTransform, SiteTransform
+from bitfold.transforms import TRANSFORMS, BlockTransform, SiteTransform, StreamTransform
 
 __all__ = ["LayerRule", "Recipe", "method_names", "method_text"]
 
@@ -84,7 +84,9 @@ def _named(known: Mapping[str, type[Part]]) -> PlainSerializer:
 
 
 TransformPart = Annotated[
-    SiteTransform | BlockTransform, _part("transform", TRANSFORMS), _named(TRANSFORMS)
+    SiteTransform | BlockTransform | StreamTransform,
+    _part("transform", TRANSFORMS),
+    _named(TRANSFORMS),
 ]
 CorrectionPart = Annotated[Correction, _part("correction", CORRECTIONS), _named(CORRECTIONS)]
 RangePart = Annotated[Range, _part("range", RANGES), _named(RANGES)]
@@ -131,7 +133,17 @@ class Recipe(BaseModel):
             raise ValueError(
                 "the activation_range is chosen by what only weights have: choose minmax, percentile, mse or kl"
             )
+        if any(isinstance(part, StreamTransform) for part in self.transforms[1:]):
+            raise ValueError(
+                "the stream is turned once, before everything else: put the rotation first, and only one"
+            )
         return self
+
+    @property
+    def stream_transform(self) -> StreamTransform | None:
+        """What chooses the basis of the residual stream."""
+        first = self.transforms[0] if self.transforms else None
+        return first if isinstance(first, StreamTransform) else None
 
     @classmethod
     def make(

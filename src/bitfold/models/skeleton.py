@@ -5,7 +5,7 @@ The network is built by transformers on the meta device; weights are handed to e
 of the model's code is rewritten.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,14 +34,21 @@ class Skeleton:
     sources (parameter name → name in the checkpoint).
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device | str = "cpu", *, untied: bool = False
+    ) -> None:
         """Build the network, and hold the checkpoint against it.
+
+        untied: lm_head is a tensor of its own, at first the embedding, even where the checkpoint ties the two.
 
         Raises FamilyError for an unknown architecture or one whose linear layers the family does not name,
         CheckpointError where config and weights contradict each other.
         """
         self.checkpoint = checkpoint
         self.config = _original_config(checkpoint)
+        self.unties = untied and bool(self.config.tie_word_embeddings)
+        if self.unties:
+            self.config.tie_word_embeddings = False
         self.family: Family = family_of(self.config.model_type)
         self.device = torch.device(device)
         try:
@@ -98,9 +105,11 @@ class Skeleton:
         )
         return {name: stored[self.sources[prefix + name]] for name in names}
 
-    def load_outer(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """The weights outside the blocks by full name."""
-        names = self.outer_parameters
+    def load_outer(
+        self, dtype: torch.dtype | None = None, names: Sequence[str] | None = None
+    ) -> dict[str, Tensor]:
+        """The weights outside the blocks by full name; only those named, if any are."""
+        names = names or self.outer_parameters
         stored = self.checkpoint.read(
             [self.sources[name] for name in names], device=self.device, dtype=dtype
         )
@@ -179,12 +188,20 @@ class Skeleton:
                     f"or lacks some that it names: {', '.join(odd)}. Correct the family in src/bitfold/models/."
                 )
 
+    def _twin(self, parameter: nn.Parameter) -> str | None:
+        """The embedding's name for a head that the checkpoint ties to it and the skeleton does not."""
+        if not self.unties or parameter is not self.model.get_output_embeddings().weight:
+            return None
+        embedding = self.model.get_input_embeddings().weight
+        return next(name for name, other in self.model.named_parameters() if other is embedding)
+
     def _match_weights(self) -> dict[str, str]:
         """Hold the network's parameters against the checkpoint's tensors; returns the names' mapping."""
         prefix = self.model.base_model_prefix + "."
         sources: dict[str, str] = {}
         for name, parameter in self.model.named_parameters():
-            stored = name if name in self.checkpoint.tensors else name.removeprefix(prefix)
+            wanted = self._twin(parameter) or name
+            stored = wanted if wanted in self.checkpoint.tensors else wanted.removeprefix(prefix)
             if stored not in self.checkpoint.tensors:
                 raise CheckpointError(
                     f"{self.checkpoint.path}: config.json asks for {name}, which the weights lack: "
@@ -205,7 +222,7 @@ class Skeleton:
                 )
             sources[name] = stored
         spare = set(self.checkpoint.tensors) - set(sources.values())
-        if self.ties_head:
+        if self.ties_head or self.unties:
             spare.discard("lm_head.weight")
         spare = {name for name in spare if not name.endswith(_IGNORED)}
         if spare:

@@ -20,6 +20,7 @@ from bitfold.models.skeleton import Skeleton
 from bitfold.pipeline.plan import Plan, make_plan
 from bitfold.pipeline.request import request_hash
 from bitfold.pipeline.streams import PROBE_LENGTH, PROBE_WINDOWS, Streams
+from bitfold.pipeline.turned import skeleton_for
 from bitfold.recipe import Recipe
 from bitfold.runtime.checkpoint import find_checkpoint
 from bitfold.runtime.device import resolve_device, resolve_dtype
@@ -91,7 +92,7 @@ def prepare(
     if source.resolve() == out.resolve():
         raise OutputError(f"The output {out} is the model itself: choose another -o.")
     device = resolve_device(device)
-    skeleton = Skeleton(Checkpoint(source), device)
+    skeleton = skeleton_for(Checkpoint(source), recipe, device)
     plan = make_plan(skeleton, recipe)
     resolved = resolve_dtype(dtype, device)
     compute = plan.storage if resolved == "auto" else resolved

@@ -13,6 +13,7 @@ from bitfold.export.layout import OnlineEntry
 from bitfold.models.family import NormSite
 from bitfold.models.skeleton import Skeleton
 from bitfold.recipe import Recipe
+from bitfold.transforms import StreamTransform
 
 __all__ = ["OnlineCost", "online_cost", "online_entries", "with_identities"]
 
@@ -51,8 +52,9 @@ def online_entries(skeleton: Skeleton, recipe: Recipe) -> dict[str, OnlineEntry]
     Raises RecipeError where they are to, and the model has no such norm.
     """
     entries = {}
+    parts = [part for part in recipe.transforms if not isinstance(part, StreamTransform)]
     norms = [s for s in skeleton.family.sites(skeleton.config) if isinstance(s, NormSite)]
-    if not norms and any(part.online_size(_ANY_NORM, 1) for part in recipe.transforms):
+    if not norms and any(part.online_size(_ANY_NORM, 1) for part in parts):
         raise RecipeError(
             f"{recipe.method} leaves a matrix behind norms that runs, and no norm of this {skeleton.family.name} model "
             "stands before linear layers alone: set norms=folded (affine) or none (wush), or choose another --method."
@@ -60,7 +62,7 @@ def online_entries(skeleton: Skeleton, recipe: Recipe) -> dict[str, OnlineEntry]
     for site in norms:
         for index, block in enumerate(skeleton.blocks):
             width = block.get_parameter(f"{site.norm}.weight").numel()
-            sizes = [part.online_size(site, width) for part in recipe.transforms]
+            sizes = [part.online_size(site, width) for part in parts]
             if any(sizes):
                 size = math.lcm(*(size for size in sizes if size))
                 name = f"{skeleton.block_name(index)}.{site.norm}"

@@ -18,8 +18,8 @@ def _quantized_head(skeleton: Skeleton, plan: Plan) -> QuantizedTensor | None:
     scheme = plan.schemes[HEAD].weight if HEAD in plan.schemes else None
     if scheme is None:
         return None
-    source = skeleton.sources[f"{HEAD}.weight"]
-    weight = skeleton.checkpoint.read([source], dtype=torch.float32)[source]
+    name = f"{HEAD}.weight"
+    weight = skeleton.load_outer(torch.float32, [name])[name]
     # Its input is not among the statistics: a range that needs them falls back to min-max.
     chosen = plan.recipe.weight_range
     limits = (MinMax() if chosen.needs else chosen).limits(to_groups(weight, scheme), scheme)

@@ -43,6 +43,8 @@ def publish(job: Job, workdir: Workdir, probe: Probe, distance: dict[str, Any]) 
     source_config = job.skeleton.checkpoint.config
     config = source_config | plan.format.extra_config(plan.layout, source_config)
     config |= {"quantization_config": quantization}
+    if job.skeleton.unties:
+        config |= {"tie_word_embeddings": False}
     usage = "\n".join(usage_lines(".", quantization))
     card = model_card(job.model, report["scheme"], report["method"], report, f"```\n{usage}\n```")
 

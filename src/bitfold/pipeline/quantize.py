@@ -24,6 +24,7 @@ from bitfold.pipeline.result import Quantization, read_result
 from bitfold.pipeline.shards import block_tensors, check_shard
 from bitfold.pipeline.step import refuse_nonfinite, step
 from bitfold.pipeline.streams import Streams
+from bitfold.pipeline.turned import TurnedSkeleton
 from bitfold.pipeline.verify import verify_blocks
 from bitfold.pipeline.workdir import Workdir, finished_request, refuse_foreign
 from bitfold.recipe import Recipe
@@ -143,6 +144,8 @@ def _run(job: Job, workdir: Workdir, resume: bool, report: Progress) -> int:
     original = skeleton.head(skeleton.load_outer(dtype), streams.probe_original.to(skeleton.device))
     refuse_nonfinite(original, "the original model", job)
     refuse_nonfinite(logits, "the quantized model", job)
+    if isinstance(skeleton, TurnedSkeleton):
+        skeleton.check(job.probe, original, dtype)
     verify_blocks(
         job,
         workdir.path,

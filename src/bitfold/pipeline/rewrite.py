@@ -56,7 +56,7 @@ def rewrite_block(
     for part in plan.recipe.transforms:
         if isinstance(part, SiteTransform):
             _fold_sites(part, skeleton, index, plan, schemes, streams, result)
-        else:
+        elif isinstance(part, BlockTransform):
             _fold_block(part, skeleton, index, plan, streams, result, report)
     if plan.recipe.transforms:
         probe = streams.probe_original.to(skeleton.device)

@@ -15,7 +15,7 @@ from torch import Tensor
 from bitfold.errors import EquivalenceError
 from bitfold.models.family import Family, NormSite, Site, Stream
 
-__all__ = ["rotate_stream", "rotation_defect"]
+__all__ = ["refuse_outsiders", "rotate_stream", "rotation_defect", "turn_block", "turn_outer"]
 
 
 def rotation_defect(rotation: Tensor, stream: Stream) -> float:
@@ -25,6 +25,16 @@ def rotation_defect(rotation: Tensor, stream: Stream) -> float:
     if stream.reads_mean:
         defect = max(defect, float((rotation.sum(dim=1) - 1).abs().max()))
     return defect
+
+
+def refuse_outsiders(rotation: Tensor, stream: Stream) -> None:
+    """Raises EquivalenceError where R is outside the stream's group."""
+    defect = rotation_defect(rotation, stream)
+    if defect > 1e-4:
+        group = "a rotation that keeps the vector of ones" if stream.reads_mean else "a rotation"
+        raise EquivalenceError(
+            f"The stream takes only {group}: this matrix is {defect:.1e} away from one."
+        )
 
 
 def rotate_stream(
@@ -39,56 +49,75 @@ def rotate_stream(
 
     Raises EquivalenceError where R is outside the stream's group.
     """
-    defect = rotation_defect(rotation, stream)
-    if defect > 1e-4:
-        group = "a rotation that keeps the vector of ones" if stream.reads_mean else "a rotation"
-        raise EquivalenceError(
-            f"The stream takes only {group}: this matrix is {defect:.1e} away from one."
-        )
-    turned = dict(weights)
-    reader = f"{stream.reader}.weight"
-    if reader not in turned:  # tied to the embedding
-        turned[reader] = turned[f"{stream.embeddings[0]}.weight"]
-    for name in stream.embeddings:
-        turned[f"{name}.weight"] = weights[f"{name}.weight"] @ rotation
-    writers = [
-        f"{family.blocks}.{i}.{name}" for i in range(blocks) for name in stream.block_writers
-    ]
-    for name in (*stream.writers, *writers):
-        turned[f"{name}.weight"] = rotation.T @ weights[f"{name}.weight"]
-        if f"{name}.bias" in weights:
-            turned[f"{name}.bias"] = weights[f"{name}.bias"] @ rotation
-    for site in sites:
-        if isinstance(site, NormSite):
-            for index in range(blocks):
-                _turn_readers(turned, f"{family.blocks}.{index}.", site, rotation)
-    _turn_head(turned, stream, sites, rotation)
+    refuse_outsiders(rotation, stream)
+    start = family.blocks + "."
+    outer = {name: value for name, value in weights.items() if not name.startswith(start)}
+    # Tied to the embedding: its own from now on.
+    outer.setdefault(f"{stream.reader}.weight", weights[f"{stream.embeddings[0]}.weight"])
+    turned = turn_outer(outer, stream, sites, rotation)
+    for index in range(blocks):
+        prefix = f"{start}{index}."
+        block = {n.removeprefix(prefix): v for n, v in weights.items() if n.startswith(prefix)}
+        turned |= {prefix + n: v for n, v in turn_block(block, stream, sites, rotation).items()}
     return turned
 
 
-def _turn_readers(turned: dict[str, Tensor], prefix: str, site: NormSite, rotation: Tensor) -> None:
-    gain = turned[f"{prefix}{site.norm}.weight"] + site.offset
-    bias = turned.get(f"{prefix}{site.norm}.bias")
+def turn_block(
+    weights: Mapping[str, Tensor], stream: Stream, sites: tuple[Site, ...], rotation: Tensor
+) -> dict[str, Tensor]:
+    """A block's weights, by name relative to it, in the basis R; its norms' gains are in their readers."""
+    turned = dict(weights)
+    for name in stream.block_writers:
+        _turn_writer(turned, name, rotation)
+    for site in sites:
+        if isinstance(site, NormSite):
+            _turn_readers(turned, site, rotation)
+    return turned
+
+
+def turn_outer(
+    weights: Mapping[str, Tensor], stream: Stream, sites: tuple[Site, ...], rotation: Tensor
+) -> dict[str, Tensor]:
+    """The weights outside the blocks, by full name, in the basis R; those of them that are given.
+
+    The final norm's gain goes into the reader, so the two are given together. Its bias stays, in the new basis:
+    β' = (β/γ) R.
+    """
+    turned = dict(weights)
+    for name in stream.embeddings:
+        if f"{name}.weight" in turned:
+            turned[f"{name}.weight"] = weights[f"{name}.weight"] @ rotation
+    for name in stream.writers:
+        if f"{name}.weight" in turned:
+            _turn_writer(turned, name, rotation)
+    norm = f"{stream.final_norm}.weight"
+    if norm in turned:
+        offset = next(site.offset for site in sites if isinstance(site, NormSite))
+        gain = weights[norm] + offset
+        reader = f"{stream.reader}.weight"
+        turned[reader] = (weights[reader] * gain) @ rotation
+        if f"{stream.final_norm}.bias" in turned:
+            turned[f"{stream.final_norm}.bias"] = (
+                weights[f"{stream.final_norm}.bias"] / gain
+            ) @ rotation
+        turned[norm] = torch.full_like(gain, 1 - offset)
+    return turned
+
+
+def _turn_writer(turned: dict[str, Tensor], name: str, rotation: Tensor) -> None:
+    turned[f"{name}.weight"] = rotation.T @ turned[f"{name}.weight"]
+    if f"{name}.bias" in turned:
+        turned[f"{name}.bias"] = turned[f"{name}.bias"] @ rotation
+
+
+def _turn_readers(turned: dict[str, Tensor], site: NormSite, rotation: Tensor) -> None:
+    gain = turned[f"{site.norm}.weight"] + site.offset
+    bias = turned.get(f"{site.norm}.bias")
     for name in site.readers:
-        key = f"{prefix}{name}"
-        weight = turned[f"{key}.weight"]
+        weight = turned[f"{name}.weight"]
         if bias is not None:
-            turned[f"{key}.bias"] = turned[f"{key}.bias"] + weight @ bias
-        turned[f"{key}.weight"] = (weight * gain) @ rotation
-    turned[f"{prefix}{site.norm}.weight"] = torch.full_like(gain, 1 - site.offset)
+            turned[f"{name}.bias"] = turned[f"{name}.bias"] + weight @ bias
+        turned[f"{name}.weight"] = (weight * gain) @ rotation
+    turned[f"{site.norm}.weight"] = torch.full_like(gain, 1 - site.offset)
     if bias is not None:
-        turned[f"{prefix}{site.norm}.bias"] = torch.zeros_like(bias)
-
-
-def _turn_head(
-    turned: dict[str, Tensor], stream: Stream, sites: tuple[Site, ...], rotation: Tensor
-) -> None:
-    """The final norm's gain goes into the reader; its bias stays, in the new basis: β' = (β/γ) R."""
-    offset = next(site.offset for site in sites if isinstance(site, NormSite))
-    gain = turned[f"{stream.final_norm}.weight"] + offset
-    turned[f"{stream.reader}.weight"] = (turned[f"{stream.reader}.weight"] * gain) @ rotation
-    if f"{stream.final_norm}.bias" in turned:
-        turned[f"{stream.final_norm}.bias"] = (
-            turned[f"{stream.final_norm}.bias"] / gain
-        ) @ rotation
-    turned[f"{stream.final_norm}.weight"] = torch.full_like(gain, 1 - offset)
+        turned[f"{site.norm}.bias"] = torch.zeros_like(bias)
