@@ -176,6 +176,8 @@ def test_a_fit_that_finds_nothing_leaves_identities(
     ("method", "options"),
     [
         ("affine-online+awq", ("affine.epochs=1",)),
+        ("affine-online+gptq", ("affine.epochs=1",)),
+        ("affine-online+qep", ("affine.epochs=1",)),
         ("wush", ("wush.norms=online",)),
         ("affine", ("wush.norms=online", "affine.epochs=1")),
         ("affine", ("affine.norms=online", "affine.epochs=1")),
