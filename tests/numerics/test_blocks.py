@@ -17,7 +17,7 @@ def _dense(blocks: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(("count", "size"), [(1, 12), (3, 4), (12, 1)])
 @pytest.mark.parametrize("shape", [(12,), (5, 12), (2, 3, 12)])
-def test_rows_linear_blocks(count: int, size: int, shape: tuple[int, ...]) -> None:
+def test_a_linear_layer_of_blocks(count: int, size: int, shape: tuple[int, ...]) -> None:
     blocks = _random(count, size)
     x = torch.randn(shape, dtype=torch.float64)
     found = linear_blocks(x, blocks)
