@@ -88,8 +88,8 @@ def online_cost(
 def with_identities(
     weights: Mapping[str, Tensor], entries: Mapping[str, OnlineEntry]
 ) -> dict[str, Tensor]:
-    """A block's weights with what was planned to run, by relative name: the identity where no matrix was found, and what
-    was found in smaller blocks in the planned ones."""
+    """A block's weights with what was planned to run, by relative name: identities where no matrix was found, and
+    those found in smaller blocks in the planned ones."""
     like = next(iter(weights.values()))
     planned = {}
     for name, entry in entries.items():
