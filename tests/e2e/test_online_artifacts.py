@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM
 
 import bitfold
 from bitfold.errors import CheckpointError, RecipeError
+from bitfold.pipeline import quantize as pipeline
+from bitfold.pipeline.job import Job
 from models_zoo import TOKENS, Zoo, build
 
 FLOAT32 = torch.float32
@@ -176,6 +178,8 @@ def test_a_fit_that_finds_nothing_leaves_identities(
     ("method", "options"),
     [
         ("affine-online+awq", ("affine.epochs=1",)),
+        ("affine-online+gptq", ("affine.epochs=1",)),
+        ("affine-online+qep", ("affine.epochs=1",)),
         ("wush", ("wush.norms=online",)),
         ("affine", ("wush.norms=online", "affine.epochs=1")),
         ("affine", ("affine.norms=online", "affine.epochs=1")),
@@ -207,6 +211,24 @@ def test_in_half_precision(model: Path, tokens: Path, tmp_path: Path) -> None:
     out = _quantize(model, tokens, tmp_path / "out", dtype="bfloat16")
     assert bitfold.verify(out).difference < 0.02
     assert _logits(out, dtype=torch.bfloat16).isfinite().all()
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    model: Path, tokens: Path, online: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = pipeline.step
+
+    def step(job: Job, index: int, *arguments: Any) -> Any:
+        if index == 1:
+            raise KeyboardInterrupt
+        return real(job, index, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "step", step)
+        with pytest.raises(KeyboardInterrupt):
+            _quantize(model, tokens, tmp_path / "out")
+    out = _quantize(model, tokens, tmp_path / "out")
+    assert (out / "checksums.json").read_bytes() == (online / "checksums.json").read_bytes()
 
 
 def test_nothing_of_a_folded_run_changes(model: Path, tokens: Path, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bitfold.numerics import blocks_product, times_blocks
+from bitfold.numerics import blocks_product, linear_blocks
 
 
 def _random(count: int, size: int) -> torch.Tensor:
@@ -17,12 +17,12 @@ def _dense(blocks: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(("count", "size"), [(1, 12), (3, 4), (12, 1)])
 @pytest.mark.parametrize("shape", [(12,), (5, 12), (2, 3, 12)])
-def test_rows_times_blocks(count: int, size: int, shape: tuple[int, ...]) -> None:
+def test_a_linear_layer_of_blocks(count: int, size: int, shape: tuple[int, ...]) -> None:
     blocks = _random(count, size)
     x = torch.randn(shape, dtype=torch.float64)
-    found = times_blocks(x, blocks)
+    found = linear_blocks(x, blocks)
     assert found.shape == shape
-    assert torch.allclose(found, x @ _dense(blocks), atol=1e-12)
+    assert torch.allclose(found, x @ _dense(blocks).T, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -46,6 +46,6 @@ def test_a_product_has_the_smallest_blocks_that_hold_it(
 
 def test_gradients_pass() -> None:
     a, b = _random(3, 4).requires_grad_(), _random(1, 12).requires_grad_()
-    times_blocks(torch.ones(12, dtype=torch.float64), blocks_product(a, b)).sum().backward()
+    linear_blocks(torch.ones(12, dtype=torch.float64), blocks_product(a, b)).sum().backward()
     assert a.grad.abs().min() > 0
     assert b.grad.abs().min() > 0

@@ -167,11 +167,11 @@ def test_a_matrix_on_the_wrong_side_is_no_equivalence(name: str, wrong: str) -> 
             if wrong == "side":
                 right[reader] = weights[reader] @ self.blocks[0]  # A in place of its transpose
             elif wrong == "inverse":
-                right[site.online] = before @ self.blocks
+                right[site.online] = self.blocks.transpose(1, 2) @ before
             elif wrong == "reader left out":
                 right[reader] = weights[reader]
             else:
-                right[site.online] = self.blocks_inverse @ before
+                right[site.online] = before @ self.blocks_inverse.transpose(1, 2)
             return right
 
     assert case.change(lambda weights: _online(site, weights, 1)) < SAME

@@ -51,7 +51,7 @@ class AttentionEntry:
 
 @dataclass(frozen=True)
 class OnlineEntry:
-    """A block-diagonal matrix that runs behind a module: its blocks are [count, size, size]."""
+    """A linear layer of block-diagonal weight that runs behind a module: the blocks are [count, size, size]."""
 
     count: int
     size: int

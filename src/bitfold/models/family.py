@@ -43,7 +43,7 @@ class NormSite:
 
     @property
     def online(self) -> str:
-        """The name among a block's weights of the matrix that runs behind the norm, if there is one."""
+        """The name among a block's weights of what runs behind the norm, if anything does: a linear layer's weight."""
         return f"{self.norm}.{ONLINE}.weight"
 
 

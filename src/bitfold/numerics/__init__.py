@@ -1,6 +1,6 @@
 """Grids, schemes, quantize/dequantize, bit packing: pure functions on tensors."""
 
-from bitfold.numerics.blocks import blocks_product, times_blocks
+from bitfold.numerics.blocks import blocks_product, linear_blocks
 from bitfold.numerics.packing import pack, packed_width, unpack
 from bitfold.numerics.quantize import (
     dequantize,
@@ -23,11 +23,11 @@ __all__ = [
     "fake_quantize",
     "fake_quantize_dynamic",
     "from_groups",
+    "linear_blocks",
     "pack",
     "packed_width",
     "quantize",
     "scale_and_zero",
-    "times_blocks",
     "to_groups",
     "unpack",
 ]

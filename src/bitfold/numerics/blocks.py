@@ -3,18 +3,22 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["blocks_product", "times_blocks"]
+__all__ = ["blocks_product", "linear_blocks"]
 
 
-def times_blocks(x: Tensor, blocks: Tensor) -> Tensor:
-    """x M for rows x [..., count · size] and the matrix M of these blocks; one block: M is full."""
+def linear_blocks(x: Tensor, blocks: Tensor) -> Tensor:
+    """x Mᵀ for rows x [..., count · size] and the matrix M of these blocks, which is full if there is one.
+
+    A linear layer whose weight is M: in float16 a CPU does that many times as fast as x M.
+    """
     count, size, _ = blocks.shape
     if count == 1:
-        return x @ blocks[0]
+        return F.linear(x, blocks[0])
     pieces = x.unflatten(-1, (count, size))
-    return torch.einsum("...kh,khg->...kg", pieces, blocks).flatten(-2)
+    return torch.einsum("...kh,kgh->...kg", pieces, blocks).flatten(-2)
 
 
 def blocks_product(first: Tensor, second: Tensor) -> Tensor:

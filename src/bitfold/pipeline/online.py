@@ -12,6 +12,7 @@ from bitfold.errors import RecipeError
 from bitfold.export.layout import OnlineEntry
 from bitfold.models.family import NormSite
 from bitfold.models.skeleton import Skeleton
+from bitfold.numerics import blocks_product
 from bitfold.recipe import Recipe
 from bitfold.transforms import StreamTransform
 
@@ -89,11 +90,12 @@ def online_cost(
 def with_identities(
     weights: Mapping[str, Tensor], entries: Mapping[str, OnlineEntry]
 ) -> dict[str, Tensor]:
-    """A block's weights with an identity wherever a matrix is to run and none was found; entries by relative name."""
+    """A block's weights with what was planned to run, by relative name: identities where no matrix was found, and
+    those found in smaller blocks in the planned ones."""
     like = next(iter(weights.values()))
-    missing = {
-        name: torch.eye(entry.size, dtype=like.dtype, device=like.device).repeat(entry.count, 1, 1)
-        for name, entry in entries.items()
-        if name not in weights
-    }
-    return dict(weights) | missing
+    planned = {}
+    for name, entry in entries.items():
+        one = torch.eye(entry.size, dtype=like.dtype, device=like.device).repeat(entry.count, 1, 1)
+        found = weights.get(name, one)
+        planned[name] = found if found.shape == one.shape else blocks_product(found, one)
+    return dict(weights) | planned

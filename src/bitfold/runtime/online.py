@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bitfold.models.family import ONLINE
-from bitfold.numerics import times_blocks
+from bitfold.numerics import linear_blocks
 
 __all__ = ["BlockDiagonal", "attach", "running_online"]
 
@@ -18,7 +18,8 @@ _SUFFIX = f".{ONLINE}.weight"
 
 
 class BlockDiagonal(nn.Module):
-    """x ↦ x M for rows x [..., count · size]; weight: the blocks of M, [count, size, size]."""
+    """A linear layer on rows x [..., count · size] whose weight is block-diagonal: x ↦ x Wᵀ; weight: W's blocks [count,
+    size, size]."""
 
     def __init__(
         self,
@@ -34,7 +35,7 @@ class BlockDiagonal(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., count · size], the same shape as x."""
-        return times_blocks(x, self.weight)
+        return linear_blocks(x, self.weight)
 
 
 def attach(module: nn.Module, online: nn.Module) -> None:
@@ -66,6 +67,6 @@ def _through_child(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) 
 
 def _through(blocks: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return times_blocks(output, blocks)
+        return linear_blocks(output, blocks)
 
     return hook

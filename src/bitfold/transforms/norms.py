@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bitfold.errors import EquivalenceError
 from bitfold.models.family import NormSite
-from bitfold.numerics import blocks_product, times_blocks
+from bitfold.numerics import blocks_product, linear_blocks
 
 __all__ = ["Weights", "bias_of", "fold_norm", "fold_online"]
 
@@ -55,10 +55,10 @@ def fold_online(
 ) -> dict[str, Tensor]:
     """x' = (x − shift) A⁻¹ for a block-diagonal A: A⁻¹ joins what runs behind the norm, A goes into the readers.
 
-    The products are formed in the precision of the blocks.
+    What runs is stored as a linear layer's weight, transposed. The products are formed in the precision of the blocks.
     """
     folded = dict(weights)
-    before = weights.get(site.online)
+    before = weights[site.online].transpose(1, 2) if site.online in weights else None
     if shift is not None:
         folded[f"{site.norm}.bias"] = bias_of(weights, site.norm) - _behind(shift, before)
     after = inverse if before is None else blocks_product(before.to(inverse.dtype), inverse)
@@ -69,12 +69,13 @@ def fold_online(
         if before is not None:
             exact = blocks_product(exact, before.double())
         blocks = exact.to(blocks.dtype)
-    folded[site.online] = after.to(weights[f"{site.norm}.weight"].dtype)
+    after = after.to(weights[f"{site.norm}.weight"].dtype)
+    folded[site.online] = after.transpose(1, 2).contiguous()
     for reader in site.readers:
         weight = weights[f"{reader}.weight"]
         if shift is not None:
             folded[f"{reader}.bias"] = bias_of(weights, reader) + weight @ shift
-        read_back = times_blocks(weight.to(blocks.dtype), blocks.transpose(1, 2))
+        read_back = linear_blocks(weight.to(blocks.dtype), blocks)
         folded[f"{reader}.weight"] = read_back.to(weight.dtype)
     return folded
 
