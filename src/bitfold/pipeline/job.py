@@ -109,6 +109,7 @@ def prepare(
             seed=recipe.seed,
             vocab_size=skeleton.config.vocab_size,
         )
+        _check_windows(recipe, data)
     return Job(
         source=source,
         model=model,
@@ -121,6 +122,15 @@ def prepare(
         request=request_hash(skeleton.checkpoint, recipe, data, compute, device),
         notes=plan.notes + (data.notes if data else ()),
     )
+
+
+def _check_windows(recipe: Recipe, data: Calibration) -> None:
+    """Raises DataError where too few windows are there to hold some back."""
+    if recipe.distillation is not None and data.tokens.shape[0] < 2:
+        raise DataError(
+            f"The calibration ({data.source}) is one window, and distillation trains on some and is judged by others: "
+            "give more --samples, more text, or leave out distil."
+        )
 
 
 def _window_length(skeleton: Skeleton, asked: int | None) -> int:
