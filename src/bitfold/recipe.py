@@ -1,4 +1,4 @@
-"""What a user may ask for: a scheme, and the parts of a method (transforms, corrections, ranges, rounding, distillation).
+"""What a user may ask for: a scheme, and the parts of a method (transforms, corrections, ranges, rounding and so on).
 
 A recipe is checked whole before anything is read: unknown keys, options and methods are answered with the nearest
 right one. Every published method is a YAML file in `recipes/`; methods are composed with `+`.
