@@ -45,10 +45,8 @@ def test_gradients_are_those_of_the_formula(name: str) -> None:
     dequantize_trainable(tensor, mine, torch.float64, torch.float64).backward(gradient)
 
     codes = to_groups(tensor.codes, scheme)
-    if scheme.grid == "nf4":
-        units = torch.tensor(NF4_LEVELS, dtype=torch.float64)[codes.long()]
-    else:
-        units = codes.double()
+    levels = torch.tensor(NF4_LEVELS, dtype=torch.float64)
+    units = levels[codes.long()] if scheme.grid == "nf4" else codes.double()
     if tensor.zero is not None:
         units = units - tensor.zero.double().reshape(*codes.shape[:-1], 1)
     values = (units * plain.reshape(*codes.shape[:-1], 1)).reshape(6, 32)
