@@ -19,6 +19,7 @@ class Quadratic:
         self.calls = 0
         self.breaks_at = breaks_at
         self.seen: set[int] = set()
+        self.passed = [0, 0]
         self.problem = DistilProblem(
             [self.one], self.loss, self.gradient, windows, 0, lambda done, total, what: None
         )
@@ -27,11 +28,13 @@ class Quadratic:
         return (self.one.value() - self.wanted[windows]).square().mean()
 
     def loss(self, windows: Tensor) -> float:
+        self.passed[1] += len(windows)
         with torch.no_grad():
             return float(self._distance(windows))
 
     def gradient(self, windows: Tensor) -> float:
         self.calls += 1
+        self.passed[0] += len(windows)
         self.seen.update(windows.tolist())
         if self.calls == self.breaks_at:
             return math.nan
@@ -98,3 +101,13 @@ def test_a_scale_stays_positive_and_an_untouched_tensor_as_it_was() -> None:
     with torch.no_grad():
         gain.theta.fill_(0.1)
     assert gain.value()[0] > 0  # an entry of 0 can move
+
+
+@pytest.mark.parametrize("windows", [2, 9, 32])
+def test_what_it_takes_is_known_beforehand(windows: int) -> None:
+    quadratic = Quadratic(windows)
+    options = Distil(epochs=3, patience=1000)
+    options.fit(quadratic.problem)
+    gradients, losses = options.passes(windows)
+    assert quadratic.passed[0] == gradients
+    assert losses / 2 <= quadratic.passed[1] <= losses

@@ -187,3 +187,16 @@ def test_nothing_to_train_is_refused(checkpoint: Zoo, tmp_path: Path, ids: Path)
             scheme="w16a8",
             set=["distil.norms=false"],
         )
+
+
+def test_a_dry_run_counts_it(checkpoint: Zoo, tmp_path: Path, ids: Path) -> None:
+    model, options = checkpoint("llama", torch.float32), {"scheme": "w3a16g32"}
+    said = [
+        bitfold.quantize(
+            model, tmp_path / "out", method=method, calibration=ids, dry_run=True, **options
+        )
+        for method in ("gptq", "gptq+distil")
+    ]
+    assert said[1].disk_bytes > said[0].disk_bytes
+    assert said[1].seconds > said[0].seconds
+    assert said[1].size_bytes == said[0].size_bytes

@@ -37,7 +37,7 @@ class Distil(Distillation):
         """See `Distillation.fit`. Adam; a loss that is not finite goes back to the best state and ends it."""
         generator = torch.Generator().manual_seed(problem.seed)
         order = torch.randperm(problem.windows, generator=generator)
-        held = min(problem.windows - 1, math.ceil(self.held_back * problem.windows))
+        held = self._held(problem.windows)
         check, training = order[:held].sort().values, order[held:]
         thetas = [one.theta for one in problem.trained]
         optimizer = torch.optim.Adam(thetas, lr=self.rate, betas=_BETAS)
@@ -83,6 +83,14 @@ class Distil(Distillation):
             for theta, value in zip(thetas, best, strict=True):
                 theta.copy_(value)
         return Distilled(held, len(training), before, best_loss, step, kept, tuple(notes))
+
+    def passes(self, windows: int) -> tuple[int, int]:
+        """See `Distillation.passes`."""
+        held = self._held(windows)
+        return self.epochs * (windows - held), held * (1 + self.epochs * (self.checks + 1))
+
+    def _held(self, windows: int) -> int:
+        return min(windows - 1, math.ceil(self.held_back * windows))
 
 
 def _copy(thetas: list[Tensor]) -> list[Tensor]:

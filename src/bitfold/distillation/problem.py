@@ -53,3 +53,7 @@ class Distillation(Part):
     @abstractmethod
     def fit(self, problem: DistilProblem) -> Distilled:
         """Leave θ where the loss on held-back windows is the least that was seen, the first state included."""
+
+    @abstractmethod
+    def passes(self, windows: int) -> tuple[int, int]:
+        """Of so many calibration windows, how many go through `gradient` and `loss`, at most, repeats counted."""
