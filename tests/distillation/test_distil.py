@@ -109,5 +109,13 @@ def test_what_it_takes_is_known_beforehand(windows: int) -> None:
     options = Distil(epochs=3, patience=1000)
     options.fit(quadratic.problem)
     gradients, losses = options.passes(windows)
-    assert quadratic.passed[0] == gradients
-    assert losses / 2 <= quadratic.passed[1] <= losses
+    assert quadratic.passed == [gradients, losses]
+
+
+def test_a_start_that_is_not_finite_trains_nothing_and_says_so() -> None:
+    quadratic = Quadratic()
+    quadratic.wanted[:] = torch.nan
+    found = Distil().fit(quadratic.problem)
+    assert (found.steps, found.kept) == (0, 0)
+    assert "nothing was trained" in found.notes[0]
+    assert torch.equal(quadratic.one.stored(), torch.ones(4, 2))

@@ -72,7 +72,9 @@ def test_the_kl_falls_and_the_codes_stay(
         assert after[name].dtype == value.dtype
     assert all(n.endswith("weight_scale") or before[n].ndim == 1 for n in changed)
     report = json.loads((tmp_path / "distilled" / "report.json").read_text())
-    assert report["distillation"]["note"].startswith("Distilled (")
+    note = report["distillation"]["note"]
+    assert note.startswith("Distilled (")
+    assert note in (tmp_path / "distilled" / "README.md").read_text()
 
 
 def test_the_head_stays_as_a_rule_quantized_it(checkpoint: Zoo, tmp_path: Path, ids: Path) -> None:

@@ -5,6 +5,7 @@ KL(original ‖ quantized) on every token. Zero-points stay: the formats store t
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 from pydantic import Field
@@ -28,7 +29,7 @@ class Distil(Distillation):
 
     epochs: int = Field(default=4, ge=1)
     batch: int = Field(default=4, ge=1)
-    rate: float = Field(default=2e-3, gt=0)
+    rate: float = Field(default=5e-3, gt=0)
     held_back: float = Field(default=0.125, gt=0, lt=1)
     checks: int = Field(default=2, ge=1)
     patience: int = Field(default=4, ge=1)
@@ -41,44 +42,42 @@ class Distil(Distillation):
         check, training = order[:held].sort().values, order[held:]
         thetas = [one.theta for one in problem.trained]
         optimizer = torch.optim.Adam(thetas, lr=self.rate, betas=_BETAS)
-        per_epoch = math.ceil(len(training) / self.batch)
-        steps = self.epochs * per_epoch
-        every = max(1, per_epoch // self.checks)
+        steps, every = self._steps(len(training))
 
         problem.report(0, steps, "distilling")
         before = problem.loss(check)
         best, best_loss, kept, waited = _copy(thetas), before, 0, 0
         notes: list[str] = []
         step = 0
-        for epoch in range(self.epochs):
-            shuffled = training[torch.randperm(len(training), generator=generator)]
-            for windows in shuffled.split(self.batch):
-                for group in optimizer.param_groups:
-                    group["lr"] = self.rate * (1 + math.cos(math.pi * step / steps)) / 2
-                optimizer.zero_grad()
-                loss = problem.gradient(windows)
-                step += 1
-                if not _finite(loss, thetas):
-                    notes.append(_went_back(step, kept))
-                    break
-                optimizer.step()
-                for one in problem.trained:
-                    one.bound()
-                problem.report(step, steps, f"distilling, epoch {epoch + 1}")
-                if step % every == 0 or step == steps:
-                    now = problem.loss(check)
-                    if not math.isfinite(now):
-                        notes.append(_went_back(step, kept))
-                        break
-                    if now < best_loss:
-                        best, best_loss, kept, waited = _copy(thetas), now, step, 0
-                    else:
-                        waited += 1
-                    if waited >= self.patience:
-                        break
-            else:
+        for windows in self._batches(training, generator):
+            if not math.isfinite(before):
+                notes.append(
+                    "distillation: the KL on held-back windows is not finite: nothing was trained"
+                )
+                break
+            for group in optimizer.param_groups:
+                group["lr"] = self.rate * (1 + math.cos(math.pi * step / steps)) / 2
+            optimizer.zero_grad()
+            loss = problem.gradient(windows)
+            step += 1
+            if not _finite(loss, thetas):
+                notes.append(_went_back(step, kept))
+                break
+            optimizer.step()
+            for one in problem.trained:
+                one.bound()
+            problem.report(step, steps, "distilling")
+            if step % every and step != steps:
                 continue
-            break
+            now = problem.loss(check)
+            if not math.isfinite(now):
+                notes.append(_went_back(step, kept))
+                break
+            waited += 1
+            if now < best_loss:
+                best, best_loss, kept, waited = _copy(thetas), now, step, 0
+            if waited >= self.patience:
+                break
         with torch.no_grad():
             for theta, value in zip(thetas, best, strict=True):
                 theta.copy_(value)
@@ -87,7 +86,19 @@ class Distil(Distillation):
     def passes(self, windows: int) -> tuple[int, int]:
         """See `Distillation.passes`."""
         held = self._held(windows)
-        return self.epochs * (windows - held), held * (1 + self.epochs * (self.checks + 1))
+        steps, every = self._steps(windows - held)
+        return self.epochs * (windows - held), held * (1 + math.ceil(steps / every))
+
+    def _steps(self, training: int) -> tuple[int, int]:
+        """Steps with so many training windows, and after how many of them the held-back ones are looked at."""
+        per_epoch = math.ceil(training / self.batch)
+        return self.epochs * per_epoch, max(1, per_epoch // self.checks)
+
+    def _batches(self, training: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
+        """The training windows in batches, epoch by epoch in another order."""
+        for _ in range(self.epochs):
+            order = torch.randperm(len(training), generator=generator)
+            yield from training[order].split(self.batch)
 
     def _held(self, windows: int) -> int:
         return min(windows - 1, math.ceil(self.held_back * windows))

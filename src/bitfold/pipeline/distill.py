@@ -5,6 +5,7 @@ state; only then are the shards rewritten, each by itself. So a kill before that
 again, and a kill after it puts the same tensors into them again.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -50,6 +51,8 @@ def learn(job: Job, workdir: Workdir, streams: Streams, report: Report) -> None:
     found = options.fit(problem)
     learned = _learned_tensors(job, workdir, student)
     entry = asdict(found) | {"notes": list(found.notes), "trained": _trained(student)}
+    # JSON has no numbers that are not finite.
+    entry |= {key: entry[key] if math.isfinite(entry[key]) else None for key in ("before", "after")}
     entry["note"] = _sentence(entry)
     workdir.finish_distillation(entry | {"sums": tensor_sums(learned)}, learned)
 
@@ -104,6 +107,8 @@ def _trained(student: Student) -> dict[str, int]:
 
 def _sentence(entry: Mapping[str, Any]) -> str:
     counts = ", ".join(f"{count:,} {kind}" for kind, count in entry["trained"].items() if count)
+    if entry["before"] is None:
+        return f"Distillation ({counts}) changed nothing, because the KL is not finite."
     if entry["kept"] == 0:
         return (
             f"Distillation ({counts}) did not lower the KL of {entry['before']:.4f} on {entry['held_back']} held-back "
