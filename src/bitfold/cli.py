@@ -443,8 +443,6 @@ def _print_quantization(result: Any) -> None:
     )
     if result.online is not None:
         console.print(f"[yellow]online[/] {escape(result.online['note'])}")
-    if result.distillation is not None:
-        console.print(escape(result.distillation["note"]))
     for note in result.notes:
         console.print(f"[yellow]note[/] {escape(note)}")
     console.print("\n[bold]Use it[/]")

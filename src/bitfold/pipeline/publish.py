@@ -90,7 +90,7 @@ def _report(job: Job, workdir: Workdir, distance: dict[str, Any]) -> dict[str, A
         "notes": [
             *job.notes,
             *(note for block in blocks for note in block["notes"]),
-            *([] if found is None else found["notes"]),
+            *([] if found is None else [found["note"], *found["notes"]]),
         ],
     }
 
