@@ -1,10 +1,9 @@
 """The command line: parses, calls the library, prints. It adds nothing that Python cannot do."""
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -12,21 +11,12 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.progress import TimeRemainingColumn as TimeLeft
 from typer.core import TyperGroup
 
-from bitfold.errors import BitfoldError, DataError, did_you_mean
+from bitfold.errors import DataError, did_you_mean
 from bitfold.report import terminal
+from bitfold.report.ending import USAGE_ERROR, ending
 from bitfold.version import VERSION
 
 __all__ = ["app", "main"]
-
-# typer brings its own copy of click and exports only this leaf of its errors: the root is ClickException.
-_USAGE_ERROR: Any = typer.BadParameter.__mro__[2]
-
-
-_INTERRUPTED = 130
-_OUT_OF_MEMORY = (
-    "The memory ran out: take fewer --samples, a shorter --sequence-length or a narrower --dtype, "
-    "or free memory and run the same command again, which goes on where it was."
-)
 
 
 class _Commands(TyperGroup):
@@ -35,7 +25,7 @@ class _Commands(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name = args[0] if args else ""
         if name and not name.startswith("-") and name not in self.commands:
-            raise _USAGE_ERROR(f"There is no command '{name}': {did_you_mean(name, self.commands)}")
+            raise USAGE_ERROR(f"There is no command '{name}': {did_you_mean(name, self.commands)}")
         return super().resolve_command(ctx, args)
 
 
@@ -313,58 +303,7 @@ def demo(
 
 def main() -> None:
     """Entry point: errors that are the input's or the machine's become one sentence and exit code 1."""
-    wants_json = "--json" in sys.argv
-    try:
-        code = app(standalone_mode=False, prog_name="bitfold") or 0
-        if code == _INTERRUPTED:  # typer makes this of a KeyboardInterrupt
-            _say_interrupted()
-        sys.exit(code)
-    except (typer.Abort, KeyboardInterrupt):
-        _say_interrupted()
-        sys.exit(_INTERRUPTED)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
-    except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
-            raise
-        _fail(_OUT_OF_MEMORY, "OutOfMemory", wants_json, code=1)
-    except BitfoldError as error:
-        _fail(str(error), type(error).__name__, wants_json, code=1)
-    except _USAGE_ERROR as error:
-        if not error.format_message():  # no arguments: the help was shown
-            sys.exit(2)
-        _fail(str(BitfoldError(_usage_sentence(error))), "UsageError", wants_json, code=2)
-
-
-def _say_interrupted() -> None:
-    terminal.console(stderr=True).print(
-        "Interrupted: a quantization goes on when the same command is run again."
-    )
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Whether Python's, PyTorch's or CUDA's allocator gave up."""
-    said = str(error)
-    return isinstance(error, MemoryError) or "allocate memory" in said or "out of memory" in said
-
-
-def _fail(sentence: str, kind: str, wants_json: bool, code: int) -> NoReturn:
-    if wants_json:
-        terminal.print_json({"error": sentence, "kind": kind})
-    terminal.console(stderr=True).print(f"[bold red]Error:[/] {escape(sentence)}")
-    sys.exit(code)
-
-
-def _usage_sentence(error: Any) -> str:
-    """What click says, and the mend: the nearest option, or where to read on."""
-    if getattr(error, "ctx", None) is None:
-        return str(error.format_message())
-    command = error.ctx.command_path
-    if hasattr(error, "possibilities"):  # of an option that there is not
-        options = error.ctx.command.get_params(error.ctx)
-        known = [name for option in options for name in option.opts if name.startswith("--")]
-        return f"`{command}` has no option '{error.option_name}': {did_you_mean(error.option_name, known)}"
-    return f"{error.format_message().rstrip('.')}: see `{command} --help`"
+    ending(lambda: app(standalone_mode=False, prog_name="bitfold"))
 
 
 @contextmanager
