@@ -7,6 +7,7 @@ It is solved by branch and bound (HiGHS, through scipy). Nothing here knows what
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -55,10 +56,7 @@ def choose(costs: Sequence[Sequence[float]], limits: Sequence[Limit]) -> tuple[i
         )
         if found.x is None:
             return None
-        chosen = tuple(
-            int(np.argmax(found.x[start:end]))
-            for start, end in zip(starts[:-1], starts[1:], strict=True)
-        )
+        chosen = tuple(int(np.argmax(found.x[start:end])) for start, end in pairwise(starts))
         if all(total(limit.amounts, chosen) <= limit.at_most for limit in limits):
             return chosen
         # The solver's tolerance let a choice through that is over the limit by a little: without this one, again.

@@ -1,12 +1,13 @@
 """How much each candidate hurts: KL(original ‖ model) where one group of layers alone is rounded to it, measured.
 
-The windows go through the model once and are kept as they stand before each block. From the first block that a group
-touches on, one stream of them for every candidate goes through the remaining blocks, all streams together, so that
-a block's weights are read once for all of them. Peak memory: a block, what stands outside the blocks, and
+The windows go through the original once. From the first block that a group touches on, one stream of them for every
+candidate goes through the remaining blocks, all these streams together, so that a block's weights are read once for
+all of them. Peak memory: a block, what stands outside the blocks, and
 (groups that start at a block) · candidates streams. Only weights are rounded, to nearest between their extremes:
 inputs are quantized alike whatever the choice.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -60,18 +61,25 @@ def measure(
     for group in choices:
         if group.name not in measured:
             waiting.setdefault(group.first, []).append(group)
+    if not waiting:
+        return measured
     count = len(skeleton.blocks)
     passes = {
         first: (count - first) * sum(len(_rounding(choices[group])) for group in groups)
         for first, groups in waiting.items()
     }
     outer = skeleton.load_outer(dtype)
-    before, last = _original(skeleton, outer, tokens, dtype, set(waiting))
-    done = 0
-    for first, groups in waiting.items():
-        hidden = before.pop(first)
+    parts = [skeleton.embed(outer, part.to(skeleton.device)).cpu() for part in _batches(tokens)]
+    before, last = torch.cat(parts), torch.cat(parts)
+    for index in range(count):
+        _advance(skeleton, index, skeleton.load_block(index, dtype), last)
+    done, here = 0, 0
+    for first, groups in sorted(waiting.items()):
+        for index in range(here, first):
+            _advance(skeleton, index, skeleton.load_block(index, dtype), before)
+        here = first
         streams = [
-            _Stream(group, candidate, hidden.clone())
+            _Stream(group, candidate, before.clone())
             for group in groups
             for candidate in _rounding(choices[group])
         ]
@@ -87,7 +95,7 @@ def measure(
             for group in groups
         }
         for stream, kl in zip(streams, _divergences(skeleton, outer, last, streams), strict=True):
-            if kl == kl:  # not NaN
+            if math.isfinite(kl):
                 measured[stream.group.name][stream.candidate.name] = kl
         save(measured)
     return measured
@@ -96,25 +104,6 @@ def measure(
 def _rounding(choices: Sequence[Candidate]) -> list[Candidate]:
     """The candidates that change anything."""
     return [candidate for candidate in choices if candidate.scheme is not None]
-
-
-def _original(
-    skeleton: Skeleton,
-    outer: Mapping[str, Tensor],
-    tokens: Tensor,
-    dtype: torch.dtype,
-    wanted: set[int],
-) -> tuple[dict[int, Tensor], Tensor]:
-    """The original's hidden states before the wanted blocks, and behind the last one."""
-    hidden = torch.cat(
-        [skeleton.embed(outer, part.to(skeleton.device)).cpu() for part in _batches(tokens)]
-    )
-    before = {}
-    for index in range(len(skeleton.blocks)):
-        if index in wanted:
-            before[index] = hidden.clone()
-        _advance(skeleton, index, skeleton.load_block(index, dtype), hidden)
-    return before, hidden
 
 
 def _rounded(

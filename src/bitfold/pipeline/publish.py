@@ -71,6 +71,7 @@ def _report(job: Job, blocks: list[dict[str, Any]], distance: dict[str, Any]) ->
         "bits_per_weight": bits / weights if weights else 16.0,
         **({} if online is None else {"online": online.to_json()}),
         "probe": distance,
+        **({} if job.allocation is None else {"allocation": job.allocation}),
         "fits": [block["fits"] for block in blocks if block["fits"]],
         "folding_errors": [block["folding_error"] for block in blocks],
         "layers": [layer for block in blocks for layer in block["layers"]],
