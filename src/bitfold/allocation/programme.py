@@ -15,8 +15,9 @@ from scipy.sparse import csr_array
 
 __all__ = ["Limit", "choose", "smallest", "total"]
 
-# HiGHS stops where its bounds are within 1e-6 of each other: costs are scaled so that this is nothing.
-_LARGEST_COST = 1e6
+# HiGHS stops where its bounds are within 1e-6 of each other, here 1e-9 of the largest cost; with costs of 1e4 and more
+# it writes lines about its tolerances to stdout.
+_LARGEST_COST = 1e3
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,7 @@ def choose(costs: Sequence[Sequence[float]], limits: Sequence[Limit]) -> tuple[i
     )
     constraints = [LinearConstraint(once, 1, 1)]
     for limit in limits:
-        row = np.concatenate([np.asarray(amounts, dtype=float) for amounts in limit.amounts])
-        constraints.append(LinearConstraint(csr_array(row[np.newaxis]), -np.inf, limit.at_most))
+        constraints.append(_constraint(limit))
     while True:
         found = milp(
             scaled,
@@ -63,6 +63,19 @@ def choose(costs: Sequence[Sequence[float]], limits: Sequence[Limit]) -> tuple[i
         taken = np.zeros(columns)
         taken[starts[:-1] + np.asarray(chosen)] = 1
         constraints.append(LinearConstraint(csr_array(taken[np.newaxis]), -np.inf, len(sizes) - 1))
+
+
+def _constraint(limit: Limit) -> LinearConstraint:
+    """A limit, counted from the least that every group takes and in units of the largest difference: the solver's
+    tolerances are absolute, and bytes are large numbers."""
+    least = [min(row) for row in limit.amounts]
+    row = np.concatenate(
+        [np.asarray(row) - low for row, low in zip(limit.amounts, least, strict=True)]
+    )
+    unit = max(float(row.max()), 1e-300)
+    return LinearConstraint(
+        csr_array(row[np.newaxis] / unit), -np.inf, (limit.at_most - sum(least)) / unit
+    )
 
 
 def smallest(amounts: Sequence[Sequence[float]]) -> float:

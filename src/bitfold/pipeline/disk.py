@@ -82,5 +82,7 @@ def weight_bytes(
     """Bytes and number of the tensors that a format makes of a weight [out, in]."""
     weight = torch.empty(shape, device="meta")
     limits = torch.aminmax(to_groups(weight, scheme), dim=-1, keepdim=True)
-    stored = format.to_tensors("", QuantizedTensor.from_limits(weight, *limits, scheme, storage), form)
+    stored = format.to_tensors(
+        "", QuantizedTensor.from_limits(weight, *limits, scheme, storage), form
+    )
     return tensor_bytes(stored), len(stored)

@@ -142,7 +142,9 @@ def with_allocation(job: Job, recipe: Recipe, allocation: dict[str, Any]) -> Job
         job,
         plan=plan,
         request=request_hash(checkpoint, recipe, data, job.dtype, device, allocation),
-        notes=(*plan.notes, *(data.notes if data else ()), *allocation["notes"]),
+        notes=tuple(
+            dict.fromkeys([*plan.notes, *(data.notes if data else ()), *allocation["notes"]])
+        ),
         allocation=allocation,
     )
 

@@ -18,7 +18,8 @@ __all__ = ["Quantization", "read_result", "usage_lines"]
 @dataclass(frozen=True)
 class Quantization:
     """What a run made and what it cost. `finished_before`: it was there already, nothing was done; online: what the
-    matrices cost at inference that the method leaves to run, None where everything is folded."""
+    matrices cost at inference that the method leaves to run, None where everything is folded; allocation: how the bits
+    of each layer were found, None where the recipe gave them."""
 
     out: Path
     seconds: float
@@ -32,6 +33,7 @@ class Quantization:
     format: str
     probe: dict[str, Any]
     online: dict[str, Any] | None
+    allocation: dict[str, Any] | None
     layers: list[dict[str, Any]]
     notes: tuple[str, ...]
     usage: tuple[str, ...]
@@ -71,6 +73,7 @@ def read_result(
             format=quantization["quant_method"],
             probe=report["probe"],
             online=report.get("online"),
+            allocation=report.get("allocation"),
             layers=report["layers"],
             notes=tuple(report["notes"]),
             usage=usage_lines(str(job.out), quantization),

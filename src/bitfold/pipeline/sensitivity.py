@@ -25,7 +25,7 @@ from bitfold.runtime.checkpoint import find_checkpoint
 from bitfold.runtime.device import resolve_device, resolve_dtype
 from bitfold.version import VERSION
 
-__all__ = ["Search", "Sensitivity", "Store", "make_search", "sensitivity"]
+__all__ = ["Search", "Sensitivity", "Store", "make_search", "measure", "sensitivity", "text_json"]
 
 Report = Callable[[float, int, str], None]
 
@@ -182,11 +182,13 @@ def make_search(
     return Search(skeleton, plan, choices, text, dtype, _key(search, choices))
 
 
-def measure(search: Search, report: Report, store: Store | None = None) -> Measured:
-    """The sensitivities of a search; with a store they are taken from it, and kept in it after every block."""
+def measure(
+    search: Search, report: Report, store: Store | None = None, *, keep: bool = True
+) -> Measured:
+    """The sensitivities of a search; with a store they are taken from it, and kept in it if `keep`."""
 
     def save(measured: Measured) -> None:
-        if store is not None:
+        if store is not None and keep:
             store.write(search.key, measured)
 
     return measure_groups(
@@ -243,7 +245,7 @@ def _ranked(search: Search, measured: Measured, seconds: float) -> Sensitivity:
     """Ranked by the scheme's own bits where they are a candidate, else by the fewest there are."""
     own = Candidate(search.plan.recipe.scheme.weight).name
     names = {candidate.name for offered in search.choices.values() for candidate in offered}
-    fewest = [offered[-1].name for offered in search.choices.values()][0]
+    fewest = next(offered[-1].name for offered in search.choices.values())
     by = own if own in names else fewest
     groups = [
         {
