@@ -20,8 +20,8 @@ class Point:
 def pareto_curve(
     costs: Sequence[Sequence[float]], amounts: Sequence[Sequence[float]], points: int = 16
 ) -> tuple[Point, ...]:
-    """The best choices, [groups][candidates] of each, at budgets spread evenly from the least to the most that makes a
-    difference; in order of rising amount, and falling cost.
+    """The best choices, [groups][candidates] of each, at budgets from the least to the most that makes a difference, each
+    the same factor above the last; in order of rising amount, and falling cost.
 
     Every point is an optimum of the programme; between two of them there may be more.
     """
@@ -32,7 +32,7 @@ def pareto_curve(
     most = max(least, total(amounts, free))
     curve: list[Point] = []
     for step in range(points):
-        budget = least + (most - least) * step / max(1, points - 1)
+        budget = least * (most / least) ** (step / max(1, points - 1)) if least else most
         chosen = choose(costs, [Limit(amounts, budget)])
         if chosen is None:  # the last digit of a sum
             continue

@@ -49,7 +49,7 @@ def choose(costs: Sequence[Sequence[float]], limits: Sequence[Limit]) -> tuple[i
     while True:
         found = milp(
             scaled,
-            integrality=np.ones(columns),
+            integrality=np.ones(columns, dtype=int),
             bounds=Bounds(0, 1),
             constraints=constraints,
             options={"mip_rel_gap": 0},

@@ -123,13 +123,15 @@ def _programme(job: Job, search: Search, measured: Measured, table: Latencies | 
     storage = job.plan.storage
     rows = []
     for group, offered in search.choices.items():
-        row = []
+        row: list[_Option] = []
+        shapes = [search.shape(layer) for layer in group.layers]
         for candidate in offered:
             scheme, name = candidate.scheme, candidate.name
-            shapes = [search.shape(layer) for layer in group.layers]
             if name not in measured[group.name]:
                 continue
-            if table is not None and any((*shape, name) not in table for shape in shapes):
+            if table is not None and any(
+                (shape[0], shape[1], name) not in table for shape in shapes
+            ):
                 continue
             stored = [
                 _stored(job, shape, candidate, forms, search.full_name(layer))
@@ -141,13 +143,15 @@ def _programme(job: Job, search: Search, measured: Measured, table: Latencies | 
                     measured[group.name][name],
                     sum(weight_bits(shape, scheme, storage) for shape in shapes),
                     sum(stored),
-                    0.0 if table is None else sum(table[*shape, name] for shape in shapes),  # type: ignore[index]
+                    0.0
+                    if table is None
+                    else sum(table[outputs, inputs, name] for outputs, inputs in shapes),
                 )
             )
         if not row:
-            shapes = sorted({str(list(search.shape(layer))) for layer in group.layers})
+            weights = sorted({str(list(shape)) for shape in shapes})
             raise RecipeError(
-                f"No candidate of {group.name} can be had: add entries for weights of {' and '.join(shapes)} to the "
+                f"No candidate of {group.name} can be had: add entries for weights of {' and '.join(weights)} to the "
                 "table of latencies, or take a wider --dtype where logits are not finite."
             )
         rows.append(tuple(row))

@@ -3,11 +3,11 @@
 import json
 import shutil
 from functools import lru_cache
+from typing import Any
 
 import torch
 
 from bitfold.errors import OutputError
-from bitfold.export import Format
 from bitfold.export.artifact import companion_files
 from bitfold.export.layout import WeightFormat
 from bitfold.models.checkpoint import tensor_bytes
@@ -73,7 +73,7 @@ def check_disk(job: Job) -> None:
 # Layers of one shape, scheme and format take the same, and most are.
 @lru_cache(maxsize=4096)
 def weight_bytes(
-    format: Format,
+    format: Any,
     shape: tuple[int, ...],
     scheme: TensorScheme,
     form: WeightFormat,

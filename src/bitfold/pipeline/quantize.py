@@ -15,6 +15,7 @@ from bitfold.errors import BitfoldError, OutputError, RecipeError
 from bitfold.export.artifact import shard_name, tensor_sums
 from bitfold.models.checkpoint import tensor_bytes
 from bitfold.pipeline.allocate import allocate
+from bitfold.pipeline.asked import resolve_recipe, several
 from bitfold.pipeline.block import QuantizedBlock
 from bitfold.pipeline.disk import check_disk
 from bitfold.pipeline.estimate import Estimate, estimate
@@ -78,20 +79,13 @@ def quantize(
     Raises a BitfoldError, one clear sentence, for anything wrong with input, recipe or machine.
     """
     start = time.perf_counter()
-    if not isinstance(recipe, Recipe):
-        file = None if recipe is None else Path(recipe)
-        set, ignore = _several(set), _several(ignore)
-        recipe = Recipe.make(method, scheme, file=file, set=set, ignore=ignore, seed=seed)
-    elif method or scheme or set or ignore or seed is not None:
-        raise RecipeError(
-            "A finished Recipe goes without method, scheme, set, ignore and seed: give one or the other."
-        )
+    recipe = resolve_recipe(recipe, method, scheme, set, ignore, seed)
     budget = Budget.make(bits, fit, latency)
     if budget is None and mixed is not None:
         raise RecipeError("Bits are looked for within a budget: give --bits, --fit or --latency.")
     out = Path(out).expanduser().absolute()
     refuse_foreign(out)
-    files = [Path(file) for file in _several(calibration)]
+    files = [Path(file) for file in several(calibration)]
     report = progress or (lambda done, total, what: None)
     job = prepare(
         str(model),
@@ -130,11 +124,6 @@ def quantize(
     if budget is not None:
         Store(out).discard()
     return read_result(job, seconds=time.perf_counter() - start, resumed_blocks=resumed)
-
-
-def _several(values: Any) -> Sequence[Any]:
-    """One value or a sequence of them, as a sequence."""
-    return [values] if isinstance(values, str | Path) else values
 
 
 def _run(job: Job, workdir: Workdir, resume: bool, report: Progress) -> int:

@@ -16,6 +16,7 @@ from bitfold.data import Calibration
 from bitfold.errors import RecipeError
 from bitfold.models.checkpoint import Checkpoint
 from bitfold.models.skeleton import Skeleton
+from bitfold.pipeline.asked import resolve_recipe, several
 from bitfold.pipeline.job import read_calibration
 from bitfold.pipeline.plan import Plan, make_plan
 from bitfold.pipeline.turned import skeleton_for
@@ -111,8 +112,12 @@ class Store:
 def sensitivity(
     model: str | Path,
     *,
+    method: str | None = None,
     scheme: str | None = None,
     recipe: Recipe | str | Path | None = None,
+    set: str | Sequence[str] = (),
+    ignore: str | Sequence[str] = (),
+    seed: int | None = None,
     mixed: Mixed | None = None,
     calibration: str | Path | Sequence[str | Path] = (),
     device: str | torch.device = "auto",
@@ -121,28 +126,24 @@ def sensitivity(
 ) -> Sensitivity:
     """Measure how much each candidate hurts each group of layers, by the KL of the model's logits to the original's.
 
-    scheme, recipe: what candidates are derived from, and which layers are left out because a rule or `ignore` names
-    them. mixed: candidates, groups and text. Nothing is written.
+    method, scheme, recipe, set, ignore, seed: as of `quantize`; candidates are derived from the scheme, and layers that
+    a rule or `ignore` names are left out. mixed: candidates, groups and text. Nothing is written.
 
     Raises a BitfoldError, one clear sentence, for anything wrong with input, recipe or machine.
     """
     start = time.perf_counter()
     mixed = mixed or Mixed()
-    if not isinstance(recipe, Recipe):
-        recipe = Recipe.make(None, scheme, file=None if recipe is None else Path(recipe))
-    elif scheme:
-        raise RecipeError("A finished Recipe goes without scheme: give one or the other.")
+    recipe = resolve_recipe(recipe, method, scheme, set, ignore, seed)
     place = resolve_device(device)
     skeleton = skeleton_for(Checkpoint(find_checkpoint(model)), recipe, place)
     plan = make_plan(skeleton, recipe)
     resolved = resolve_dtype(dtype, place)
-    files = [calibration] if isinstance(calibration, str | Path) else calibration
     search = make_search(
         skeleton,
         plan,
         plan.storage if resolved == "auto" else resolved,
         mixed,
-        [Path(file) for file in files],
+        [Path(file) for file in several(calibration)],
     )
     measured = measure(search, progress or (lambda done, total, what: None))
     return _ranked(search, measured, time.perf_counter() - start)
