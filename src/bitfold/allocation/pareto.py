@@ -20,8 +20,8 @@ class Point:
 def pareto_curve(
     costs: Sequence[Sequence[float]], amounts: Sequence[Sequence[float]], points: int = 16
 ) -> tuple[Point, ...]:
-    """The best choices, [groups][candidates] of each, at budgets from the least to the most that makes a difference, each
-    the same factor above the last; in order of rising amount, and falling cost.
+    """The best choices, [groups][candidates] of each, at budgets from the least to the most that makes a difference,
+    each the same factor above the last; in order of rising amount, and falling cost.
 
     Every point is an optimum of the programme; between two of them there may be more.
     """

@@ -23,8 +23,8 @@ from bitfold.allocation.latency import Latencies
 from bitfold.allocation.programme import total
 from bitfold.errors import RecipeError
 from bitfold.export import Choice, Layout, choose_format
-from bitfold.export.layout import LayerEntry
-from bitfold.numerics import Scheme
+from bitfold.export.layout import LayerEntry, WeightFormat
+from bitfold.numerics import Scheme, TensorScheme
 from bitfold.pipeline.disk import TEXT_OF_A_TENSOR, artifact_bytes, weight_bytes
 from bitfold.pipeline.job import Job, with_allocation
 from bitfold.pipeline.sensitivity import Search, Store, make_search, measure, text_json
@@ -121,6 +121,7 @@ def _programme(job: Job, search: Search, measured: Measured, table: Latencies | 
     """What is chosen among: candidates that were measured, and have a latency where latencies count."""
     forms = _forms(job, search)
     storage = job.plan.storage
+    stored_bytes = _Stored(job)
     rows = []
     for group, offered in search.choices.items():
         row: list[_Option] = []
@@ -134,7 +135,7 @@ def _programme(job: Job, search: Search, measured: Measured, table: Latencies | 
             ):
                 continue
             stored = [
-                _stored(job, shape, candidate, forms, search.full_name(layer))
+                stored_bytes(shape, scheme, forms.get((search.full_name(layer), name)))
                 for shape, layer in zip(shapes, group.layers, strict=True)
             ]
             row.append(
@@ -165,8 +166,7 @@ def _programme(job: Job, search: Search, measured: Measured, table: Latencies | 
     }
     tensors, sources = job.skeleton.checkpoint.tensors, job.skeleton.sources
     shapes_of = {name: tensors[sources[f"{name}.weight"]].shape for name in {*chosen_for, *ruled}}
-    own = Candidate(job.plan.recipe.scheme.weight)
-    now = {name: job.plan.choice.formats[name] for name in chosen_for}
+    own = job.plan.recipe.scheme.weight
     return _Programme(
         search=search,
         measured=measured,
@@ -175,13 +175,11 @@ def _programme(job: Job, search: Search, measured: Measured, table: Latencies | 
         weights=sum(outputs * inputs for outputs, inputs in shapes_of.values()),
         fixed_bits=sum(weight_bits(shapes_of[n], scheme, storage) for n, scheme in ruled.items()),
         fixed_bytes=artifact_bytes(job)
-        - sum(
-            _stored(job, shapes_of[n], own, {(n, own.name): now[n]}, n) for n in sorted(chosen_for)
-        ),
+        - sum(stored_bytes(shapes_of[n], own, job.plan.choice.formats[n]) for n in chosen_for),
     )
 
 
-def _forms(job: Job, search: Search) -> dict[tuple[str, str], Any]:
+def _forms(job: Job, search: Search) -> dict[tuple[str, str], WeightFormat]:
     """How each layer's weight lies on disk for each candidate, by full name and the candidate's: as in a model in
     which they all stand, since a format may say a single scheme more briefly than several."""
     plan = job.plan
@@ -206,19 +204,23 @@ def _forms(job: Job, search: Search) -> dict[tuple[str, str], Any]:
     }
 
 
-def _stored(
-    job: Job,
-    shape: tuple[int, ...],
-    candidate: Candidate,
-    forms: Mapping[tuple[str, str], Any],
-    name: str,
-) -> int:
+class _Stored:
     """Bytes of a layer's weight, and of what is said of its tensors beside them."""
-    if candidate.scheme is None:
-        return shape[0] * shape[1] * job.plan.storage.itemsize + TEXT_OF_A_TENSOR
-    form = forms[name, candidate.name]
-    size, count = weight_bytes(job.plan.format, shape, candidate.scheme, form, job.plan.storage)
-    return size + count * TEXT_OF_A_TENSOR
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._known: dict[tuple[tuple[int, ...], TensorScheme, WeightFormat], int] = {}
+
+    def __call__(
+        self, shape: tuple[int, ...], scheme: TensorScheme | None, form: WeightFormat | None
+    ) -> int:
+        if scheme is None or form is None:
+            return shape[0] * shape[1] * self._job.plan.storage.itemsize + TEXT_OF_A_TENSOR
+        key = (shape, scheme, form)
+        if key not in self._known:
+            size, count = weight_bytes(self._job, *key)
+            self._known[key] = size + count * TEXT_OF_A_TENSOR
+        return self._known[key]
 
 
 def _limits(programme: _Programme, budget: Budget) -> list[Limit]:

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-from functools import lru_cache
-from typing import Any
 
 import torch
 
@@ -27,6 +25,8 @@ def artifact_bytes(job: Job) -> int:
     """Bytes of all files of the artifact."""
     weights = 0
     tensors = 0
+    # Layers of one shape, scheme and format take the same, and most are.
+    known: dict[tuple[tuple[int, ...], TensorScheme, WeightFormat], tuple[int, int]] = {}
     for name, source in job.skeleton.sources.items():
         layer = name.removesuffix(".weight")
         info = job.skeleton.checkpoint.tensors[source]
@@ -35,8 +35,10 @@ def artifact_bytes(job: Job) -> int:
             weights, tensors = weights + info.nbytes, tensors + 1
             continue
         form = job.plan.choice.formats[layer]
-        size, count = weight_bytes(job.plan.format, info.shape, scheme, form, job.plan.storage)
-        weights, tensors = weights + size, tensors + count
+        key = (info.shape, scheme, form)
+        if key not in known:
+            known[key] = weight_bytes(job, *key)
+        weights, tensors = weights + known[key][0], tensors + known[key][1]
     if job.plan.online is not None:
         weights, tensors = weights + job.plan.online.bytes, tensors + job.plan.online.matrices
     companions = sum(file.stat().st_size for file in companion_files(job.source))
@@ -70,19 +72,12 @@ def check_disk(job: Job) -> None:
         )
 
 
-# Layers of one shape, scheme and format take the same, and most are.
-@lru_cache(maxsize=4096)
 def weight_bytes(
-    format: Any,
-    shape: tuple[int, ...],
-    scheme: TensorScheme,
-    form: WeightFormat,
-    storage: torch.dtype,
+    job: Job, shape: tuple[int, ...], scheme: TensorScheme, form: WeightFormat
 ) -> tuple[int, int]:
-    """Bytes and number of the tensors that a format makes of a weight [out, in]."""
+    """Bytes and number of the tensors that the job's format makes of a weight [out, in]."""
     weight = torch.empty(shape, device="meta")
     limits = torch.aminmax(to_groups(weight, scheme), dim=-1, keepdim=True)
-    stored = format.to_tensors(
-        "", QuantizedTensor.from_limits(weight, *limits, scheme, storage), form
-    )
+    tensor = QuantizedTensor.from_limits(weight, *limits, scheme, job.plan.storage)
+    stored = job.plan.format.to_tensors("", tensor, form)
     return tensor_bytes(stored), len(stored)
