@@ -60,7 +60,7 @@ def candidates(
             f"Bits are found for integer grids, and the scheme's weights are {template.grid}: choose a scheme such as "
             "w4a16g128."
         )
-    sizes: list[int | None] = sorted(set(group_sizes), reverse=True)
+    sizes: Sequence[int | None] = sorted(set(group_sizes), reverse=True)
     sizes = sizes or [template.group_size]
     found: list[Candidate] = []
     for width in sorted(set(bits), reverse=True):

@@ -67,7 +67,7 @@ def _report(job: Job, blocks: list[dict[str, Any]], distance: dict[str, Any]) ->
     online = job.plan.online
     return {
         "method": job.plan.recipe.method,
-        "scheme": job.plan.recipe.scheme.notation,
+        "scheme": job.plan.recipe.scheme.notation + (" (mixed)" if job.allocation else ""),
         "bits_per_weight": bits / weights if weights else 16.0,
         **({} if online is None else {"online": online.to_json()}),
         "probe": distance,
