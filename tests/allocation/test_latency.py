@@ -35,7 +35,7 @@ def test_read(tmp_path: Path) -> None:
 def test_damaged(text: str, tmp_path: Path) -> None:
     file = tmp_path / "table.json"
     file.write_text(text)
-    with pytest.raises(DataError, match="table.json"):
+    with pytest.raises(DataError, match=r"table\.json"):
         read_latencies(file)
 
 

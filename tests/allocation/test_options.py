@@ -25,7 +25,7 @@ def test_sizes(text: str | int, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "GB", "3,5GB", "-1MB", "0", "3 XB", "1e9", "nan"])
 def test_no_sizes(text: str) -> None:
-    with pytest.raises(RecipeError, match="cannot be read: write for example 3.5GB"):
+    with pytest.raises(RecipeError, match="cannot be read: write for example"):
         parse_bytes(text)
 
 

@@ -1,6 +1,6 @@
 """The integer programme against every choice there is, and the Pareto curve against the programme."""
 
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 from hypothesis import given, settings
@@ -108,6 +108,6 @@ def test_the_curve_is_of_optima(case: tuple[Rows, Rows, Rows, float, float]) -> 
         assert point.cost == pytest.approx(
             best(costs, [Limit(amounts, point.amount)]), rel=1e-9, abs=2e-8
         )
-    for before, after in zip(curve, curve[1:], strict=False):
+    for before, after in pairwise(curve):
         assert before.amount < after.amount
         assert before.cost > after.cost
