@@ -114,7 +114,10 @@ def allocate(
             return found
         fixed = size - int(programme.taken("bytes", chosen))
         programme = replace(programme, fixed_bytes=max(fixed, programme.fixed_bytes + 1))
-    raise RecipeError(_impossible(job, programme, budget, mixed, curve))
+    smaller = _smallest(job, programme, budget, mixed, curve)
+    if smaller is not None and budget.bytes is not None and artifact_bytes(smaller) <= budget.bytes:
+        return smaller
+    raise RecipeError(_impossible(programme, budget, smaller))
 
 
 def _programme(job: Job, search: Search, measured: Measured, table: Latencies | None) -> _Programme:
@@ -324,13 +327,20 @@ def _mixed_recipe(recipe: Recipe, bits: Mapping[str, Candidate]) -> Recipe:
     )
 
 
-def _impossible(
-    job: Job,
-    programme: _Programme,
-    budget: Budget,
-    mixed: Mixed,
-    curve: list[dict[str, Any]],
-) -> str:
+def _smallest(
+    job: Job, programme: _Programme, budget: Budget, mixed: Mixed, curve: list[dict[str, Any]]
+) -> Job | None:
+    """The job by the fewest bytes that other budgets allow; None where they allow nothing.
+
+    A uniform choice needs no rules: in a tiny model, whose weights are no larger than the text that says their choice,
+    it may fit where a mixed one that takes a little less for its weights does not.
+    """
+    limits = _limits(programme, replace(budget, bytes=None))
+    chosen = choose(programme.amounts("bytes"), limits)
+    return None if chosen is None else _with_choice(job, programme, budget, mixed, chosen, curve)
+
+
+def _impossible(programme: _Programme, budget: Budget, smaller: Job | None) -> str:
     """Which budget is too small, and what the smallest is that can be had."""
     mend = "give a larger budget, or candidates of fewer bits"
     if budget.bits is not None:
@@ -347,14 +357,10 @@ def _impossible(
                 f"No choice of bits takes {budget.seconds:g} s by the table of latencies: the smallest possible is "
                 f"{fastest:g} s; {mend}."
             )
-    if budget.bytes is not None:
-        sizes = programme.amounts("bytes")
-        tightest = [row.index(min(row)) for row in sizes]
-        found = _with_choice(job, programme, budget, mixed, tightest, curve)
-        least = artifact_bytes(found)
-        if least > budget.bytes:
-            return (
-                f"No choice of bits makes the whole artifact fit into {budget.bytes / 1e6:.3f} MB: the smallest "
-                f"possible is {least / 1e6:.3f} MB, embeddings and head included; {mend}."
-            )
+    if budget.bytes is not None and smaller is not None:
+        least = artifact_bytes(smaller)
+        return (
+            f"No choice of bits makes the whole artifact fit into {budget.bytes / 1e6:.3f} MB: the smallest possible "
+            f"is {least / 1e6:.3f} MB, embeddings and head included; {mend}."
+        )
     return f"Each budget can be kept, but not all of them together: {mend}."
