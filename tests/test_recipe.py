@@ -66,6 +66,12 @@ def test_methods_are_made_of_parts(method: str, parts: list[str], calibrates: bo
     assert recipe.calibrates == calibrates
 
 
+def test_parts_have_names() -> None:
+    assert Recipe.make("rtn").part_names == ["nearest"]
+    assert Recipe.make("awq+gptq").part_names == ["awq", "output_error", "gptq"]
+    assert Recipe.make("affine").part_names == ["smoothquant", "wush", "affine", "qep", "gptq"]
+
+
 def test_needs_are_those_of_the_parts() -> None:
     assert Recipe.make("rtn").needs == frozenset()
     assert Recipe.make("awq").needs == {"channels", "gram"}

@@ -312,12 +312,19 @@ def recipes(
                 else escape(full.to_yaml())
             )
         return
-    methods = {method: yaml.safe_load(method_text(method)) for method in method_names()}
+    methods = {
+        method: yaml.safe_load(method_text(method)) | {"parts": Recipe.make(method).part_names}
+        for method in method_names()
+    }
     if json:
         terminal.print_json(methods)
         return
-    rows = [[method, content["summary"], content["paper"]] for method, content in methods.items()]
-    terminal.console().print(terminal.table(["method", "what it does", "paper"], rows, left=True))
+    rows = [
+        [method, content["summary"], ", ".join(content["parts"]), content["paper"]]
+        for method, content in methods.items()
+    ]
+    heads = ["method", "what it does", "parts", "paper"]
+    terminal.console().print(terminal.table(heads, rows, left=True))
     terminal.console().print(
         "Compose with +, e.g. --method smoothquant+awq; see one: bitfold recipes awq"
     )

@@ -196,6 +196,16 @@ class Recipe(BaseModel):
         return any(fnmatchcase(layer, pattern) for pattern in patterns)
 
     @property
+    def part_names(self) -> list[str]:
+        """Its parts in the order in which they act; a min-max range goes without saying."""
+        every = (TRANSFORMS, CORRECTIONS, RANGES, ROUNDINGS)
+        known: dict[type[Part], str] = {part: n for kind in every for n, part in kind.items()}
+        parts: list[Part] = [*self.transforms, *self.corrections]
+        if not isinstance(self.weight_range, MinMax):
+            parts.append(self.weight_range)
+        return [known[type(part)] for part in (*parts, self.rounding)]
+
+    @property
     def needs(self) -> frozenset[Need]:
         """What its parts ask of the block loop."""
         parts = (*self.transforms, *self.corrections, self.weight_range, self.rounding)

@@ -64,7 +64,7 @@ def test_gradients_are_the_formulas(scheme: TensorScheme) -> None:
         on_low = on_high = 0.0
         for column in range(16):
             g, w = float(gradient[row, 0, column]), float(groups[row, 0, column])
-            u = w / scale + zero + float(offset[row, 0, column])
+            u = w / scale + zero + offset[row, 0, column].item()
             inside = scheme.qmin - 0.5 <= u <= scheme.qmax + 0.5
             expected = g * scale if inside else 0.0
             assert float(offset.grad[row, 0, column]) == pytest.approx(expected)

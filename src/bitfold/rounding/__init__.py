@@ -8,6 +8,7 @@ from bitfold.rounding.block_rounding import BlockLoss, BlockRounding
 from bitfold.rounding.gptaq import Gptaq
 from bitfold.rounding.gptq import Gptq
 from bitfold.rounding.nearest import Nearest
+from bitfold.rounding.qronos import Qronos
 from bitfold.rounding.rounding import Layer, Rounded, Rounding
 from bitfold.rounding.signround import Signround
 
@@ -19,6 +20,7 @@ __all__ = [
     "Gptq",
     "Layer",
     "Nearest",
+    "Qronos",
     "Rounded",
     "Rounding",
     "Signround",
@@ -28,5 +30,6 @@ ROUNDINGS: dict[str, type[Rounding | BlockRounding]] = {
     "nearest": Nearest,
     "gptq": Gptq,
     "gptaq": Gptaq,
+    "qronos": Qronos,
     "signround": Signround,
 }

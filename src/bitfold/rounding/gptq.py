@@ -8,7 +8,7 @@ upper triangular, and columns 1 … n in order:
 which moves what is not rounded yet to the least-squares optimum given all that is.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,7 +23,7 @@ from bitfold.rounding.nearest import Nearest
 from bitfold.rounding.rounding import Layer, Rounded, Rounding
 from bitfold.statistics import InputStatistics
 
-__all__ = ["Gptq", "InverseFactor", "inverse_factor", "spread_error"]
+__all__ = ["Gptq", "InverseFactor", "groups_of_columns", "inverse_factor", "spread_error"]
 
 # Each failed factorization multiplies the damping by this.
 _MORE_DAMPING = 10.0
@@ -61,13 +61,6 @@ class Gptq(Rounding):
     ) -> Rounded:
         """The same, given H [in, in]; with E[(x₀ − x)xᵀ], the original model's x₀, errors of earlier layers count."""
         factor = inverse_factor(gram, self.damping, by_activation=self.order == "activation")
-        notes = []
-        if factor.damping > self.damping:
-            shared = ", ".join(layers)
-            notes.append(
-                f"the second moment of the input of {shared} is singular: damped by {factor.damping:g} "
-                f"instead of {self.damping:g}"
-            )
         nearest = Nearest().solve(layers, scale_dtype).tensors
         tensors = {}
         for name, layer in layers.items():
@@ -75,14 +68,25 @@ class Gptq(Rounding):
             if self.keep_better:
                 found = _better_rows(layer.weight, found, nearest[name], gram, cross)
             tensors[name] = found
-        return Rounded(tensors, notes)
+        return Rounded(tensors, self.notes_on(factor, layers))
+
+    def notes_on(self, factor: "InverseFactor", layers: Iterable[str]) -> list[str]:
+        """What the user should know of the factor."""
+        if factor.damping == self.damping:
+            return []
+        return [
+            f"the second moment of the input of {', '.join(layers)} is singular: damped by {factor.damping:g} "
+            f"instead of {self.damping:g}"
+        ]
 
 
 @dataclass(frozen=True)
 class InverseFactor:
-    """order: the columns' [n]; upper: U of H⁻¹ = UᵀU in that order [n, n]; damping: that it took."""
+    """order: the columns' [n]; damped: H in that order, with the damping that it took [n, n]; upper: U of its inverse
+    UᵀU."""
 
     order: Tensor
+    damped: Tensor
     upper: Tensor
     damping: float
 
@@ -106,7 +110,7 @@ def inverse_factor(gram: Tensor, damping: float, *, by_activation: bool) -> Inve
         damped = turned + torch.eye(size, dtype=gram.dtype, device=gram.device) * (added * mean)
         upper, failed = _factor_of_inverse(damped)
         if not failed:
-            return InverseFactor(order, upper, added)
+            return InverseFactor(order, damped, upper, added)
         added *= _MORE_DAMPING
 
 
@@ -125,17 +129,17 @@ def spread_error(
     factor: InverseFactor,
     block: int,
     cross: Tensor | None = None,
+    *,
+    settled: int = 0,
 ) -> QuantizedTensor:
     """Codes of one weight, column after column in the factor's order.
 
     cross: E[(x₀ − x)xᵀ] [in, in]; with it each step also makes up for what earlier layers did to the column (GPTAQ).
+    settled: of the first so many columns the others know the error already.
     """
     scheme = layer.scheme
-    scale, zero = scale_and_zero(*layer.limits, scheme, scale_dtype)
+    scales, zeros, width = groups_of_columns(layer, scale_dtype)
     rows, columns = layer.weight.shape
-    scales = scale.reshape(-1, scale.shape[-2]).expand(rows, -1)  # [out, groups]
-    zeros = None if zero is None else zero.reshape(scales.shape[0], -1).expand(rows, -1)
-    width = columns // scales.shape[1]
     rest = layer.weight[:, factor.order].to(factor.upper.dtype)
     drift = None if cross is None else _drift(cross, factor)
     codes = torch.empty(rows, columns, dtype=code_dtype(scheme), device=rest.device)
@@ -152,18 +156,30 @@ def spread_error(
             code = quantize(column, step, zero_j, scheme)
             codes[:, original] = code
             errors[:, j] = (column - dequantize(code, step, zero_j, scheme)) / upper[j, j]
+            if start + j < settled:
+                errors[:, j] = 0
             current[:, j + 1 :] -= errors[:, j, None] * upper[j, j + 1 :]
             if drift is not None:
                 current[:, j + 1 :] += column[:, None] * drift[start + j, start + j + 1 : stop]
         rest[:, stop:] -= errors @ factor.upper[start:stop, stop:]
         if drift is not None:
             rest[:, stop:] += current @ drift[start:stop, stop:]
+    scale, zero = scale_and_zero(*layer.limits, scheme, scale_dtype)
     return QuantizedTensor(
         codes,
         scale.flatten(1).to(scale_dtype),
         None if zero is None else zero.flatten(1).to(torch.int8),
         scheme,
     )
+
+
+def groups_of_columns(layer: Layer, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor | None, int]:
+    """Scales and zero-points [out, groups] as they will be stored, and how many columns share one."""
+    scale, zero = scale_and_zero(*layer.limits, layer.scheme, scale_dtype)
+    rows, columns = layer.weight.shape
+    scales = scale.reshape(-1, scale.shape[-2]).expand(rows, -1)
+    zeros = None if zero is None else zero.reshape(-1, scale.shape[-2]).expand(rows, -1)
+    return scales, zeros, columns // scales.shape[1]
 
 
 def _drift(cross: Tensor, factor: InverseFactor) -> Tensor:
