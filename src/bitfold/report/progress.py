@@ -41,12 +41,13 @@ def showing_progress(what: str) -> Iterator[Callable[[float, int, str], None]]:
 
 
 def _lines(console: Any, what: str) -> Callable[[float, int, str], None]:
-    reached = -1
+    reached, last = -1, 0.0
 
     def update(done: float, total: int, doing: str) -> None:
-        nonlocal reached
-        if not done:  # another part of the work
+        nonlocal reached, last
+        if done < last:  # another part of the work
             reached = -1
+        last = done
         if int(10 * done / total) > reached:
             reached = int(10 * done / total)
             console.print(f"{what} {done / total:.0%}: {doing}", markup=False)
