@@ -69,6 +69,17 @@ def test_the_budget_is_kept_to_the_byte() -> None:
     assert choose([[0.0, 1.0], [0.0, 1.0]], [Limit(sizes, 10**9)]) is None
 
 
+def test_nothing_is_written(capfd: pytest.CaptureFixture[str]) -> None:
+    """HiGHS writes to C's stdout on its own account; --json has it for itself."""
+    print("before")
+    for step in range(20):
+        costs = [[(1 + g % 7) * 4.0**-b * (1 + 0.1 * step) for b in range(2, 9)] for g in range(24)]
+        sizes = [[(b * 128 + 20 - b) * 96 * (1 + g % 3) for b in range(2, 9)] for g in range(24)]
+        choose(costs, [Limit(sizes, (1.2 + 0.1 * step) * smallest(sizes))])
+    print("after")
+    assert capfd.readouterr().out == "before\nafter\n"
+
+
 def test_without_limits_and_without_groups() -> None:
     assert choose([[2.0, 1.0], [0.0, 0.0]], [])[0] == 1  # type: ignore[index]
     assert choose([], []) == ()

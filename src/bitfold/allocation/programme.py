@@ -5,7 +5,11 @@
 It is solved by branch and bound (HiGHS, through scipy). Nothing here knows what a layer is.
 """
 
-from collections.abc import Sequence
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,8 +19,7 @@ from scipy.sparse import csr_array
 
 __all__ = ["Limit", "choose", "smallest", "total"]
 
-# HiGHS stops where its bounds are within 1e-6 of each other, here 1e-9 of the largest cost; with costs of 1e4 and more
-# it writes lines about its tolerances to stdout.
+# HiGHS stops where its bounds are within 1e-6 of each other: here 1e-9 of the largest cost.
 _LARGEST_COST = 1e3
 
 
@@ -47,13 +50,14 @@ def choose(costs: Sequence[Sequence[float]], limits: Sequence[Limit]) -> tuple[i
     for limit in limits:
         constraints.append(_constraint(limit))
     while True:
-        found = milp(
-            scaled,
-            integrality=np.ones(columns, dtype=int),
-            bounds=Bounds(0, 1),
-            constraints=constraints,
-            options={"mip_rel_gap": 0},
-        )
+        with _quiet():
+            found = milp(
+                scaled,
+                integrality=np.ones(columns, dtype=int),
+                bounds=Bounds(0, 1),
+                constraints=constraints,
+                options={"mip_rel_gap": 0},
+            )
         if found.x is None:
             return None
         chosen = tuple(int(np.argmax(found.x[start:end])) for start, end in pairwise(starts))
@@ -76,6 +80,22 @@ def _constraint(limit: Limit) -> LinearConstraint:
     return LinearConstraint(
         csr_array(row[np.newaxis] / unit), -np.inf, (limit.at_most - sum(least)) / unit
     )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Within this context what C writes to stdout is dropped: HiGHS writes a line there, whatever it is told, each time
+    that a solution is within its tolerances only, and stdout belongs to `--json`."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)  # C has buffers of its own
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def smallest(amounts: Sequence[Sequence[float]]) -> float:
