@@ -31,8 +31,10 @@ def pareto_curve(
     assert free is not None
     most = max(least, total(amounts, free))
     curve: list[Point] = []
-    for step in range(points):
-        budget = least * (most / least) ** (step / max(1, points - 1)) if least else most
+    ratio = most / least if least else 1.0
+    # Powers are not exact, and the ends have to be.
+    between = [least * ratio ** (step / (points - 1)) for step in range(1, points - 1)]
+    for budget in (least, *between, most):
         chosen = choose(costs, [Limit(amounts, budget)])
         if chosen is None:  # the last digit of a sum
             continue
