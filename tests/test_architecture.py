@@ -95,6 +95,7 @@ MAY_REACH = {
     "corrections": ("errors", "numerics", "part", "statistics"),
     "rounding": ("statistics", "errors", "numerics", "part"),
     "transforms": ("errors", "models", "numerics", "part", "statistics"),
+    "distillation": ("errors", "numerics", "part"),
     "export": ("errors", "numerics"),
 }
 # package: what it must not reach.

@@ -7,6 +7,7 @@ import torch
 import yaml
 
 from bitfold.corrections import CORRECTIONS
+from bitfold.distillation import DISTILLATIONS
 from bitfold.errors import RecipeError
 from bitfold.models.checkpoint import Checkpoint
 from bitfold.models.skeleton import Skeleton
@@ -20,7 +21,7 @@ from models_zoo import Zoo
 
 
 def names(recipe: Recipe) -> list[str]:
-    known = TRANSFORMS | CORRECTIONS | RANGES | ROUNDINGS
+    known = TRANSFORMS | CORRECTIONS | RANGES | ROUNDINGS | DISTILLATIONS
     by_class = {part: name for name, part in known.items()}
     parts = (
         *recipe.transforms,
@@ -29,7 +30,8 @@ def names(recipe: Recipe) -> list[str]:
         recipe.activation_range,
         recipe.rounding,
     )
-    return [by_class[type(part)] for part in parts]
+    last = () if recipe.distillation is None else (recipe.distillation,)
+    return [by_class[type(part)] for part in (*parts, *last)]
 
 
 # --- methods ---
@@ -57,6 +59,8 @@ def test_every_method_is_a_recipe_that_says_what_it_is(method: str) -> None:
         ("magr+qep", ["magr", "qep", "minmax", "minmax", "gptq"], True),
         ("rotation", ["rotation", "minmax", "minmax", "gptq"], True),
         ("awq+gptq", ["awq", "output_error", "minmax", "gptq"], True),
+        ("rtn+distil", ["minmax", "minmax", "nearest", "distil"], True),
+        ("distil+awq", ["awq", "output_error", "minmax", "nearest", "distil"], True),
         ("awq+rtn", ["awq", "output_error", "minmax", "nearest"], True),
     ],
 )
@@ -70,6 +74,7 @@ def test_parts_have_names() -> None:
     assert Recipe.make("rtn").part_names == ["nearest"]
     assert Recipe.make("awq+gptq").part_names == ["awq", "output_error", "gptq"]
     assert Recipe.make("affine").part_names == ["smoothquant", "wush", "affine", "qep", "gptq"]
+    assert Recipe.make("distil").part_names == ["nearest", "distil"]
 
 
 def test_needs_are_those_of_the_parts() -> None:

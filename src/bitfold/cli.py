@@ -20,6 +20,7 @@ __all__ = ["app", "main"]
 _USAGE_ERROR: Any = typer.BadParameter.__mro__[2]
 
 
+_INTERRUPTED = 130
 _OUT_OF_MEMORY = (
     "The memory ran out: take fewer --samples, a shorter --sequence-length or a narrower --dtype, "
     "or free memory and run the same command again, which goes on where it was."
@@ -379,12 +380,13 @@ def main() -> None:
     """Entry point: errors that are the input's or the machine's become one sentence and exit code 1."""
     wants_json = "--json" in sys.argv
     try:
-        sys.exit(app(standalone_mode=False, prog_name="bitfold") or 0)
+        code = app(standalone_mode=False, prog_name="bitfold") or 0
+        if code == _INTERRUPTED:  # typer makes this of a KeyboardInterrupt
+            _say_interrupted()
+        sys.exit(code)
     except (typer.Abort, KeyboardInterrupt):
-        terminal.console(stderr=True).print(
-            "Interrupted: a quantization goes on where it was when the same command is run again."
-        )
-        sys.exit(130)
+        _say_interrupted()
+        sys.exit(_INTERRUPTED)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except (MemoryError, RuntimeError) as error:
@@ -397,6 +399,12 @@ def main() -> None:
         if not error.format_message():  # no arguments: the help was shown
             sys.exit(2)
         _fail(str(BitfoldError(_usage_sentence(error))), "UsageError", wants_json, code=2)
+
+
+def _say_interrupted() -> None:
+    terminal.console(stderr=True).print(
+        "Interrupted: a quantization goes on when the same command is run again."
+    )
 
 
 def _out_of_memory(error: Exception) -> bool:

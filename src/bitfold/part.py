@@ -12,7 +12,7 @@ layers made, per-channel magnitudes, a sample of input rows, or the block's loss
 
 
 class Part(BaseModel):
-    """Base of every transform, range and rounding; the options are its fields, checked when made."""
+    """Base of every part of a recipe; the options are its fields, checked when made."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -1,4 +1,4 @@
-"""What a user may ask for: a scheme, and the parts (transforms, corrections, ranges, rounding) that make a method.
+"""What a user may ask for: a scheme, and the parts of a method (transforms, corrections, ranges, rounding and so on).
 
 A recipe is checked whole before anything is read: unknown keys, options and methods are answered with the nearest
 right one. Every published method is a YAML file in `recipes/`; methods are composed with `+`.
@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from bitfold.corrections import CORRECTIONS, Correction
+from bitfold.distillation import DISTILLATIONS, Distillation
 from bitfold.errors import RecipeError, did_you_mean
 from bitfold.numerics import Scheme
 from bitfold.part import Need, Part
@@ -35,7 +36,8 @@ DEFAULT_SCHEME = "w4a16g128"
 _METHODS = Path(__file__).parent / "recipes"
 _TENSORS = ("weight", "activation", "query", "key", "value")
 _LISTS = ("transforms", "corrections")
-_PARTS = ("transforms", "corrections", "weight_range", "activation_range", "rounding", "stream")
+_SINGLE = ("weight_range", "activation_range", "rounding", "distillation")
+_PARTS = (*_LISTS, *_SINGLE, "stream")
 
 
 def _part(kind: str, known: Mapping[str, type[Part]]) -> BeforeValidator:
@@ -92,6 +94,10 @@ CorrectionPart = Annotated[Correction, _part("correction", CORRECTIONS), _named(
 RangePart = Annotated[Range, _part("range", RANGES), _named(RANGES)]
 RoundingPart = Annotated[Rounding | BlockRounding, _part("rounding", ROUNDINGS), _named(ROUNDINGS)]
 
+DistillationPart = Annotated[
+    Distillation, _part("distillation", DISTILLATIONS), _named(DISTILLATIONS)
+]
+
 
 class LayerRule(BaseModel):
     """Linear layers whose full name matches a pattern (`*.down_proj`) have a scheme of their own.
@@ -110,7 +116,7 @@ class Recipe(BaseModel):
 
     method: its name, for people. scheme: of every linear layer; `layers`: rules for some, the last match wins;
     `ignore`: patterns of layers left alone. stream: which inputs the statistics are taken from, the original
-    model's or those that the quantized blocks before give.
+    model's or those that the quantized blocks before give. distillation: what is done to the whole at the end.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -124,6 +130,7 @@ class Recipe(BaseModel):
     weight_range: RangePart = MinMax()
     activation_range: RangePart = MinMax()
     rounding: RoundingPart = Nearest()
+    distillation: DistillationPart | None = None
     stream: Literal["original", "quantized"] = "quantized"
     seed: int = Field(default=0, ge=0, lt=2**63)
 
@@ -198,17 +205,19 @@ class Recipe(BaseModel):
     @property
     def part_names(self) -> list[str]:
         """Its parts in the order in which they act; a min-max range goes without saying."""
-        every = (TRANSFORMS, CORRECTIONS, RANGES, ROUNDINGS)
+        every = (TRANSFORMS, CORRECTIONS, RANGES, ROUNDINGS, DISTILLATIONS)
         known: dict[type[Part], str] = {part: n for kind in every for n, part in kind.items()}
         parts: list[Part] = [*self.transforms, *self.corrections]
         if not isinstance(self.weight_range, MinMax):
             parts.append(self.weight_range)
-        return [known[type(part)] for part in (*parts, self.rounding)]
+        last = [] if self.distillation is None else [self.distillation]
+        return [known[type(part)] for part in (*parts, self.rounding, *last)]
 
     @property
     def needs(self) -> frozenset[Need]:
         """What its parts ask of the block loop."""
-        parts = (*self.transforms, *self.corrections, self.weight_range, self.rounding)
+        parts: list[Part] = [*self.transforms, *self.corrections, self.weight_range, self.rounding]
+        parts += [] if self.distillation is None else [self.distillation]
         needs = frozenset[Need]().union(*(part.needs for part in parts))
         return needs | ({"rows", "channels"} if self.static_activations else set())
 
@@ -373,7 +382,7 @@ def _set_option(fields: dict[str, Any], key: tuple[str, ...], value: Any) -> Non
         else:
             fields[slot] = _with_option(fields[slot], key, value)
         return
-    if key[0] in (*TRANSFORMS, *CORRECTIONS, *RANGES, *ROUNDINGS):
+    if key[0] in (*TRANSFORMS, *CORRECTIONS, *RANGES, *ROUNDINGS, *DISTILLATIONS):
         raise RecipeError(
             f"'{'.'.join(key)}' is an option of {key[0]}, which the method {fields['method']} does not have: "
             "choose another --method, or leave it out."
@@ -387,7 +396,7 @@ def _set_option(fields: dict[str, Any], key: tuple[str, ...], value: Any) -> Non
 
 
 def _parts_of(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
-    slots = [(slot, fields.get(slot)) for slot in ("weight_range", "activation_range", "rounding")]
+    slots = [(slot, fields.get(slot)) for slot in _SINGLE]
     slots += [(slot, part) for slot in _LISTS for part in fields[slot]]
     return [
         (slot, part if isinstance(part, str) else next(iter(part))) for slot, part in slots if part

@@ -98,7 +98,8 @@ def model_card(
 ) -> str:
     """README.md of the artifact."""
     probe = report["probe"]
-    online = f"\n{report['online']['note']}\n" if "online" in report else ""
+    parts = [report[key]["note"] for key in ("online", "distillation") if key in report]
+    notes = "".join(f"\n{note}\n" for note in parts)
     return f"""---
 tags: [quantized, bitfold]
 ---
@@ -106,7 +107,7 @@ tags: [quantized, bitfold]
 
 Made by [bitfold](https://pypi.org/project/bitfold/) from `{source}`: scheme **{scheme}**, method **{method}**,
 {report["bits_per_weight"]:.3f} bits per quantized weight (scales and zero-points counted).
-{online}
+{notes}
 On {probe["tokens"]} probe tokens its distance to the original is KL {probe["kl_mean"]:.4f} nats per token, and the top
 token agrees {probe["top1_agreement"]:.1%} of the time. That is a smoke test, not an evaluation: measure it on your own
 text with `bitfold eval . --text FILE --against {source}`.

@@ -52,11 +52,31 @@ def artifact_bytes(job: Job) -> int:
 
 
 def working_bytes(job: Job) -> int:
-    """Bytes of the activation streams between blocks: the old ones are kept until the new ones are whole."""
+    """Bytes of the activation streams between blocks: the old ones are kept until the new ones are whole. And of what
+    distillation learns, with a shard that is written beside the old one."""
     tokens = 2 * job.probe.numel()
     if job.stream_tokens is not None:
         tokens += (2 if job.keeps_original else 1) * job.stream_tokens.numel()
-    return 2 * tokens * job.skeleton.config.hidden_size * job.dtype.itemsize
+    streams = 2 * tokens * job.skeleton.config.hidden_size * job.dtype.itemsize
+    return streams + (0 if job.plan.recipe.distillation is None else _learning_bytes(job))
+
+
+def _learning_bytes(job: Job) -> int:
+    """Scales and what has one dimension, all of it changed; and the largest shard, at most."""
+    skeleton = job.skeleton
+    learned, outer, outside = 0, 0, set(skeleton.outer_parameters)
+    for name, source in skeleton.sources.items():
+        info = skeleton.checkpoint.tensors[source]
+        scheme = job.plan.schemes.get(name.removesuffix(".weight"))
+        if len(info.shape) == 1:
+            learned += info.nbytes
+        elif scheme is not None and scheme.weight is not None:
+            groups = info.shape[0] * (info.shape[1] // (scheme.weight.group_size or info.shape[1]))
+            learned += groups * job.plan.storage.itemsize
+        if name in outside:
+            outer += info.nbytes
+    names = len(skeleton.sources) * TEXT_OF_A_TENSOR
+    return learned + names + max(outer, artifact_bytes(job) // len(skeleton.blocks))
 
 
 def check_disk(job: Job) -> None:

@@ -56,6 +56,7 @@ def estimate(job: Job, start: float) -> Estimate:
         seconds=(prepared - start)
         + max(0.0, cold - short)
         + per_block * blocks
+        + _distillation(job, streams)
         + (job.skeleton.checkpoint.nbytes + size) / BYTES_PER_SECOND,
         peak_rss_mb=peak_rss_mb(),
         size_bytes=size,
@@ -64,6 +65,25 @@ def estimate(job: Job, start: float) -> Estimate:
         quantized_layers=len(job.plan.layout.linears),
         format=str(job.plan.format.config(job.plan.layout, job.plan.choice)["quant_method"]),
     )
+
+
+def _distillation(job: Job, streams: Streams) -> float:
+    """Seconds that a distillation takes if it does not stop before, from a window through the first block as it is and
+    through the head."""
+    options, windows = job.plan.recipe.distillation, streams.quantized
+    if options is None or windows is None:
+        return 0.0
+    skeleton, blocks = job.skeleton, len(job.skeleton.blocks)
+    weights, outer = skeleton.load_block(0, job.dtype), skeleton.load_outer(job.dtype)
+    window = windows[:1].to(skeleton.device)
+    start = time.perf_counter()
+    skeleton.run(0, weights, window)
+    block = time.perf_counter() - start
+    skeleton.head(outer, window).log_softmax(dim=-1)
+    head = time.perf_counter() - start - block
+    learning, checking = options.passes(windows.shape[0])
+    # Forward, once more with a graph, and twice that back; the head is run for the original too.
+    return learning * (4 * blocks * block + 4 * head) + checking * (blocks * block + 2 * head)
 
 
 def _trial(job: Job, streams: Streams, windows: int) -> float:

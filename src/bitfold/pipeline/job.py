@@ -15,7 +15,7 @@ from bitfold.data import (
     default_sequence_length,
     load_calibration,
 )
-from bitfold.errors import DataError, OutputError
+from bitfold.errors import DataError, OutputError, RecipeError
 from bitfold.models.checkpoint import Checkpoint
 from bitfold.models.skeleton import Skeleton
 from bitfold.pipeline.plan import Plan, make_plan
@@ -104,6 +104,8 @@ def prepare(
     data = None
     if recipe.calibrates or calibration:
         data = read_calibration(skeleton, calibration, samples, length, recipe.seed)
+        _check_windows(recipe, data)
+    _check_trained(skeleton, plan)
     return Job(
         source=source,
         model=model,
@@ -147,6 +149,30 @@ def with_allocation(job: Job, recipe: Recipe, allocation: dict[str, Any]) -> Job
         ),
         allocation=allocation,
     )
+
+
+def _check_windows(recipe: Recipe, data: Calibration) -> None:
+    """Raises DataError where too few windows are there to hold some back."""
+    if recipe.distillation is not None and data.tokens.shape[0] < 2:
+        raise DataError(
+            f"The calibration ({data.source}) is one window, and distillation trains on some and is judged by others: "
+            "give more --samples, more text, or leave out distil."
+        )
+
+
+def _check_trained(skeleton: Skeleton, plan: Plan) -> None:
+    """Raises RecipeError where a distillation would have nothing to train."""
+    options = plan.recipe.distillation
+    if options is None or any(scheme.weight is not None for scheme in plan.schemes.values()):
+        return
+    names = skeleton.block_parameters(0)
+    linears = {f"{name}.bias" for name in skeleton.family.linears}
+    has_biases = any(name in linears for name in names)
+    if not (options.norms or (options.biases and has_biases)):
+        raise RecipeError(
+            f"{plan.recipe.method} has nothing to train: the scheme {plan.recipe.scheme.notation} has no scales of "
+            "weights, so leave distil.norms at true, or leave out distil."
+        )
 
 
 def _window_length(skeleton: Skeleton, asked: int | None) -> int:

@@ -26,14 +26,17 @@ def _quantized_head(skeleton: Skeleton, plan: Plan) -> QuantizedTensor | None:
     return QuantizedTensor.from_limits(weight, *limits, scheme, plan.storage)
 
 
-def outer_tensors(skeleton: Skeleton, plan: Plan) -> dict[str, Tensor]:
-    """What is stored of it, by full name."""
+def outer_tensors(
+    skeleton: Skeleton, plan: Plan, learned: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """What is stored of it, by full name; `learned` may hold tensors that take the place of some, and others."""
     tensors = skeleton.load_outer()
     head = _quantized_head(skeleton, plan)
     if head is not None:
         del tensors[f"{HEAD}.weight"]
         tensors |= plan.format.to_tensors(HEAD, head, plan.choice.formats[HEAD])
-    return tensors
+    new = {} if learned is None else learned
+    return tensors | {name: new[name].to(tensors[name].device) for name in tensors if name in new}
 
 
 def outer_weights(

@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+from torch import Tensor
 
 from bitfold.export.artifact import (
     copy_companions,
@@ -24,21 +27,29 @@ from bitfold.version import VERSION
 __all__ = ["publish"]
 
 
-def publish(job: Job, workdir: Workdir, probe: Probe, distance: dict[str, Any]) -> None:
+def publish(
+    job: Job,
+    workdir: Workdir,
+    probe: Probe,
+    distance: dict[str, Any],
+    learned: Mapping[str, Tensor],
+) -> None:
     """Write config, index, recipe, report, checksums, card, tokenizer, probe and provenance, then rename.
 
-    probe: the simulation's logits; distance: its distance to the original's. The same request gives the same bytes,
+    probe: the simulation's logits; distance: its distance to the original's; learned: what distillation put into the
+    shards, by full name. The same request gives the same bytes,
     whether or not the run was interrupted: no times and no measurements of the machine are written.
     """
     plan, blocks = job.plan, workdir.blocks
-    outer = outer_tensors(job.skeleton, plan)
+    outer = outer_tensors(job.skeleton, plan, learned)
     shards = {shard_name(0, len(blocks) + 1): list(outer)}
     shards |= {block["shard"]: list(block["sums"]) for block in blocks}
     sums = tensor_sums(outer)
     for block in blocks:
         sums |= block["sums"]
+    sums |= tensor_sums(learned)
     total_bytes = tensor_bytes(outer) + sum(block["bytes"] for block in blocks)
-    report = _report(job, blocks, distance)
+    report = _report(job, workdir, distance)
     quantization = plan.format.config(plan.layout, plan.choice)
     source_config = job.skeleton.checkpoint.config
     config = source_config | plan.format.extra_config(plan.layout, source_config)
@@ -61,7 +72,8 @@ def publish(job: Job, workdir: Workdir, probe: Probe, distance: dict[str, Any]) 
     workdir.publish()
 
 
-def _report(job: Job, blocks: list[dict[str, Any]], distance: dict[str, Any]) -> dict[str, Any]:
+def _report(job: Job, workdir: Workdir, distance: dict[str, Any]) -> dict[str, Any]:
+    blocks, found = workdir.blocks, workdir.distilled
     weights = sum(block["weights"] for block in blocks)
     bits = sum(block["bits"] for block in blocks)
     online = job.plan.online
@@ -72,11 +84,20 @@ def _report(job: Job, blocks: list[dict[str, Any]], distance: dict[str, Any]) ->
         **({} if online is None else {"online": online.to_json()}),
         "probe": distance,
         **({} if job.allocation is None else {"allocation": job.allocation}),
+        **({} if found is None else {"distillation": _without(found, "sums", "notes")}),
         "fits": [block["fits"] for block in blocks if block["fits"]],
         "folding_errors": [block["folding_error"] for block in blocks],
         "layers": [layer for block in blocks for layer in block["layers"]],
-        "notes": [*job.notes, *(note for block in blocks for note in block["notes"])],
+        "notes": [
+            *job.notes,
+            *(note for block in blocks for note in block["notes"]),
+            *([] if found is None else [found["note"], *found["notes"]]),
+        ],
     }
+
+
+def _without(entry: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in entry.items() if key not in keys}
 
 
 def _provenance(job: Job) -> dict[str, Any]:

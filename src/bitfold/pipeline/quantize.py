@@ -18,6 +18,7 @@ from bitfold.pipeline.allocate import allocate
 from bitfold.pipeline.asked import resolve_recipe, several
 from bitfold.pipeline.block import QuantizedBlock
 from bitfold.pipeline.disk import check_disk
+from bitfold.pipeline.distill import learn, put_in
 from bitfold.pipeline.estimate import Estimate, estimate
 from bitfold.pipeline.job import Job, prepare
 from bitfold.pipeline.outer import outer_tensors, outer_weights
@@ -145,9 +146,10 @@ def _run(job: Job, workdir: Workdir, resume: bool, report: Progress) -> int:
         workdir.write_tensors(name, tensors)
         check_shard(workdir.path / name, skeleton, index, plan, block)
         workdir.finish_block(_block_entry(job, index, block, name, tensors), streams.save)
+    learned = _distil(job, workdir, streams, report)
     # Embeddings and head are the largest tensors of many models: no name keeps them while others are read.
     logits = skeleton.head(
-        outer_weights(plan, outer_tensors(skeleton, plan), dtype),
+        outer_weights(plan, outer_tensors(skeleton, plan, learned), dtype),
         streams.probe_quantized.to(skeleton.device),
     )
     original = skeleton.head(skeleton.load_outer(dtype), streams.probe_original.to(skeleton.device))
@@ -162,18 +164,41 @@ def _run(job: Job, workdir: Workdir, resume: bool, report: Progress) -> int:
         lambda done: report(count, count, f"verifying block {done + 1} of {count}"),
     )
     distance = probe_report(job.probe, logits, original)
-    publish(job, workdir, Probe.of(job.probe, logits, dtype), distance)
+    publish(job, workdir, Probe.of(job.probe, logits, dtype), distance, learned)
     report(count, count, "done")
     return resumed
+
+
+def _distil(job: Job, workdir: Workdir, streams: Streams, report: Progress) -> dict[str, Tensor]:
+    """Distil the model in the shards where the recipe asks for it, unless a killed run did; returns the tensors that
+    were learned and put into the shards. The streams of calibration windows are let go."""
+    if job.plan.recipe.distillation is None:
+        return {}
+    count = len(job.skeleton.blocks)
+
+    def say(done: int, total: int, what: str) -> None:
+        report(count, count, f"{what} ({done} of {total})")
+
+    if workdir.distilled is None:
+        learn(job, workdir, streams, say)
+    streams.original = streams.quantized = None
+    learned = {name: value.clone() for name, value in load_file(workdir.learned).items()}
+    streams.probe_quantized = put_in(job, workdir, learned, say)
+    return learned
 
 
 def _resumed_streams(workdir: Workdir) -> Streams | None:
     """The streams where a killed run of the same request stopped; None unless all that it recorded is intact."""
     if not workdir.blocks:
         return None
+    learned = {} if workdir.distilled is None else workdir.distilled["sums"]
     try:
+        if workdir.distilled is not None and tensor_sums(load_file(workdir.learned)) != learned:
+            return None
         for entry in workdir.blocks:
-            if tensor_sums(load_file(workdir.path / entry["shard"])) != entry["sums"]:
+            sums = entry["sums"]
+            new = sums | {name: learned[name] for name in sums if name in learned}
+            if tensor_sums(load_file(workdir.path / entry["shard"])) not in (sums, new):
                 return None
         return Streams.restore(workdir.streams)
     except (OSError, SafetensorError, KeyError):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bitfold.models.skeleton import Skeleton
 
-__all__ = ["Streams", "advance", "batches"]
+__all__ = ["TOKENS_PER_BATCH", "Streams", "advance", "batches"]
 
 TOKENS_PER_BATCH = 2048
 PROBE_WINDOWS = 2

@@ -2,9 +2,10 @@
 
     .OUT.partial/
         lock                    held by the run that works here
-        state.json              the request, and an entry for every finished block
+        state.json              the request, an entry for every finished block, and one for the distillation
         streams-00003.safetensors   the activation streams as they stand before block 3
-        artifact/               becomes OUT
+        distilled.safetensors   what distillation learned, which is then put into the shards
+    artifact/               becomes OUT
         replaced/               an earlier OUT, between the two renames that replace it
         writing                 the file that is being written at this moment
 
@@ -35,13 +36,16 @@ _LOCK = "lock"
 
 
 class Workdir:
-    """The growing artifact. `path` is its directory, `blocks` the entries of the blocks that are finished."""
+    """The growing artifact. `path` is its directory, `blocks` the entries of the blocks that are finished, `distilled`
+    that of the distillation once it is recorded: from then on shards may hold what was learned."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
         self.root = out.parent / f".{out.name}.partial"
         self.path = self.root / "artifact"
+        self.learned = self.root / "distilled.safetensors"
         self.blocks: list[dict[str, Any]] = []
+        self.distilled: dict[str, Any] | None = None
 
     @property
     def streams(self) -> Path:
@@ -62,12 +66,12 @@ class Workdir:
             with writing(self.path):
                 self.path.mkdir(exist_ok=True)
             self._request = request
-            self.blocks = self._read_state()
+            self.blocks, self.distilled = self._read_state()
             yield self
 
     def restart(self) -> None:
         """Forget what an earlier run left, its state first: the rest means nothing without it."""
-        self.blocks = []
+        self.blocks, self.distilled = [], None
         with writing(self.root):
             (self.root / "state.json").unlink(missing_ok=True)
             for entry in self.root.iterdir():
@@ -84,9 +88,14 @@ class Workdir:
         before = self.streams
         self.blocks.append(dict(entry))
         self._write(self.streams, save_streams)
-        state = json.dumps({"request": self._request, "blocks": self.blocks})
-        self._write(self.root / "state.json", lambda file: file.write_text(state, encoding="utf-8"))
+        self._write_state()
         before.unlink(missing_ok=True)
+
+    def finish_distillation(self, entry: Mapping[str, Any], learned: Mapping[str, Tensor]) -> None:
+        """Record a distillation, and the tensors that it learned; no shard is changed before that."""
+        self._write(self.learned, lambda file: save_file(dict(learned), file))
+        self.distilled = dict(entry)
+        self._write_state()
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small file of the artifact."""
@@ -133,14 +142,24 @@ class Workdir:
                 f"Another bitfold run is writing {self.out}: wait for it, or choose another -o."
             )
 
-    def _read_state(self) -> list[dict[str, Any]]:
-        """The entries of finished blocks; none where the state is missing, damaged or of another request."""
+    def _read_state(self) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+        """The entries of finished blocks and of the distillation; none where the state is missing, damaged or of
+        another request."""
         try:
             state = json.loads((self.root / "state.json").read_text(encoding="utf-8"))
             blocks: list[dict[str, Any]] = state["blocks"]
-            return blocks if state["request"] == self._request else []
-        except (OSError, ValueError, KeyError, TypeError):
-            return []
+            return (
+                (blocks, state.get("distilled"))
+                if state["request"] == self._request
+                else ([], None)
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return [], None
+
+    def _write_state(self) -> None:
+        found = {} if self.distilled is None else {"distilled": self.distilled}
+        state = json.dumps({"request": self._request, "blocks": self.blocks} | found)
+        self._write(self.root / "state.json", lambda file: file.write_text(state, encoding="utf-8"))
 
     def _write(self, file: Path, save: Callable[[Path], object]) -> None:
         """Write a file whole or not at all."""

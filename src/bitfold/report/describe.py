@@ -21,7 +21,7 @@ def describe(model: str | Path) -> dict[str, Any]:
     Keys: path, kind (`original`, `bitfold artifact` or `quantized by another tool`), model_type, family (None if
     bitfold has none), blocks, hidden_size, heads, kv_heads, head_dim, vocabulary, dtype, tensors, size_bytes,
     sites (kind and modules), and for an artifact format, method, scheme, bits_per_weight, online (what runs unfolded,
-    where anything does), probe, layers, recipe, provenance.
+    where anything does), distillation (where there was one), probe, layers, recipe, provenance.
 
     Raises CheckpointError where the directory cannot be read.
     """

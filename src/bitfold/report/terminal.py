@@ -139,6 +139,11 @@ def description_tables(content: Mapping[str, Any]) -> list[Table]:
                 f"{content['bits_per_weight']:.3f} (scales and zero-points counted)",
             ),
             *([("online", content["online"]["note"])] if "online" in content else []),
+            *(
+                [("distillation", content["distillation"]["note"])]
+                if "distillation" in content
+                else []
+            ),
             ("KL on the probe", f"{probe['kl_mean']:.4f} over {probe['tokens']} tokens"),
             ("made from", f"{source}, bitfold {content['provenance']['bitfold']['version']}"),
         ]

@@ -1,0 +1,120 @@
+"""Scale distillation: scales, norms and biases trained end to end against the original's logits, codes frozen.
+
+The end-to-end phase of EfficientQAT (Chen et al. 2024, arXiv 2407.11062), with the loss of GSQ (arXiv 2604.18556):
+KL(original ‖ quantized) on every token. Zero-points stay: the formats store them as integers.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from bitfold.distillation.problem import Distillation, Distilled, DistilProblem
+from bitfold.part import Need
+
+__all__ = ["Distil"]
+
+_BETAS = (0.9, 0.99)
+
+
+class Distil(Distillation):
+    """epochs: passes over the training windows, at most. batch: windows in a step. rate: of the first step, relative to
+    what is trained; falls to zero along a cosine. held_back: share of the calibration windows that are not trained on,
+    by which the best state is chosen. checks: how often in an epoch. patience: checks without progress that end it.
+    norms, biases: train those that the model has, beside the scales."""
+
+    needs = frozenset[Need]({"loss"})
+
+    epochs: int = Field(default=4, ge=1)
+    batch: int = Field(default=4, ge=1)
+    rate: float = Field(default=5e-3, gt=0)
+    held_back: float = Field(default=0.125, gt=0, lt=1)
+    checks: int = Field(default=2, ge=1)
+    patience: int = Field(default=4, ge=1)
+
+    def fit(self, problem: DistilProblem) -> Distilled:
+        """See `Distillation.fit`. Adam; a loss that is not finite goes back to the best state and ends it."""
+        generator = torch.Generator().manual_seed(problem.seed)
+        order = torch.randperm(problem.windows, generator=generator)
+        held = self._held(problem.windows)
+        check, training = order[:held].sort().values, order[held:]
+        thetas = [one.theta for one in problem.trained]
+        optimizer = torch.optim.Adam(thetas, lr=self.rate, betas=_BETAS)
+        steps, every = self._steps(len(training))
+
+        problem.report(0, steps, "distilling")
+        before = problem.loss(check)
+        best, best_loss, kept, waited = _copy(thetas), before, 0, 0
+        notes: list[str] = []
+        step = 0
+        for windows in self._batches(training, generator):
+            if not math.isfinite(before):
+                notes.append(
+                    "distillation: the KL on held-back windows is not finite: nothing was trained"
+                )
+                break
+            for group in optimizer.param_groups:
+                group["lr"] = self.rate * (1 + math.cos(math.pi * step / steps)) / 2
+            optimizer.zero_grad()
+            loss = problem.gradient(windows)
+            step += 1
+            if not _finite(loss, thetas):
+                notes.append(_went_back(step, kept))
+                break
+            optimizer.step()
+            for one in problem.trained:
+                one.bound()
+            problem.report(step, steps, "distilling")
+            if step % every and step != steps:
+                continue
+            now = problem.loss(check)
+            if not math.isfinite(now):
+                notes.append(_went_back(step, kept))
+                break
+            waited += 1
+            if now < best_loss:
+                best, best_loss, kept, waited = _copy(thetas), now, step, 0
+            if waited >= self.patience:
+                break
+        with torch.no_grad():
+            for theta, value in zip(thetas, best, strict=True):
+                theta.copy_(value)
+        return Distilled(held, len(training), before, best_loss, step, kept, tuple(notes))
+
+    def passes(self, windows: int) -> tuple[int, int]:
+        """See `Distillation.passes`."""
+        held = self._held(windows)
+        steps, every = self._steps(windows - held)
+        return self.epochs * (windows - held), held * (1 + math.ceil(steps / every))
+
+    def _steps(self, training: int) -> tuple[int, int]:
+        """Steps with so many training windows, and after how many of them the held-back ones are looked at."""
+        per_epoch = math.ceil(training / self.batch)
+        return self.epochs * per_epoch, max(1, per_epoch // self.checks)
+
+    def _batches(self, training: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
+        """The training windows in batches, epoch by epoch in another order."""
+        for _ in range(self.epochs):
+            order = torch.randperm(len(training), generator=generator)
+            yield from training[order].split(self.batch)
+
+    def _held(self, windows: int) -> int:
+        return min(windows - 1, math.ceil(self.held_back * windows))
+
+
+def _copy(thetas: list[Tensor]) -> list[Tensor]:
+    return [theta.detach().clone() for theta in thetas]
+
+
+def _finite(loss: float, thetas: list[Tensor]) -> bool:
+    gradients = [theta.grad for theta in thetas if theta.grad is not None]
+    return math.isfinite(loss) and all(bool(torch.isfinite(g).all()) for g in gradients)
+
+
+def _went_back(step: int, kept: int) -> str:
+    return (
+        f"distillation: the loss of step {step} was not finite: went back to the best state before, of step {kept}; "
+        "a smaller --set distil.rate may go on"
+    )

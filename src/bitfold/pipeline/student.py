@@ -1,0 +1,326 @@
+"""The quantized model as a student: its distance to the original and the gradient of it, one block at a time.
+
+A step runs the batch through the blocks without a graph and keeps what each was given; then it goes back from the head,
+and runs each block once more with one. A block's weights are made of its codes when it runs and forgotten after it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+
+from bitfold.distillation import Trained
+from bitfold.export.artifact import shard_name
+from bitfold.numerics import TensorScheme, fake_quantize_dynamic
+from bitfold.numerics.straight_through import fake_quantize_trainable
+from bitfold.numerics.trainable_scale import dequantize_trainable
+from bitfold.pipeline.block import QuantizedBlock
+from bitfold.pipeline.hooks import InputQuantizer, quantizing
+from bitfold.pipeline.job import Job
+from bitfold.pipeline.outer import outer_weights
+from bitfold.pipeline.plan import HEAD
+from bitfold.pipeline.shards import block_from_tensors
+from bitfold.pipeline.streams import TOKENS_PER_BATCH, batches
+from bitfold.statistics import widened
+
+__all__ = ["Student"]
+
+# Codes of so many weights are kept between steps instead of being read again: the same however deep the model is.
+_KEPT = 2**28
+# So many logits are held at once.
+_LOGITS = 2**24
+
+
+class Student:
+    """The model in the shards at `path`, with the tensors that are trained.
+
+    blocks: of each, trained tensors by relative name, `NAME.weight` standing for the scales of a quantized weight;
+    outer: those outside the blocks, by full name.
+    """
+
+    def __init__(
+        self, job: Job, path: Path, original: Tensor, *, norms: bool, biases: bool
+    ) -> None:
+        """original: what the original's last block gives for the calibration windows [windows, length, hidden].
+
+        norms, biases: train those too.
+        """
+        assert job.stream_tokens is not None
+        self._job, self._path, self._original = job, path, original
+        self._tokens = job.stream_tokens
+        self._kept: dict[int, QuantizedBlock] = {}
+        self._kept_weights = 0
+        self._teacher = job.skeleton.load_outer(job.dtype)
+        self._outer = self._teacher
+        if HEAD in job.plan.schemes:
+            stored = load_file(self._file(0), device=str(job.skeleton.device))
+            self._outer = outer_weights(job.plan, stored, job.dtype)
+
+        def wanted(name: str, value: Tensor) -> bool:
+            return value.ndim == 1 and (biases if _of_linear(name, job) else norms)
+
+        self.blocks: list[dict[str, Trained]] = []
+        for index in range(len(job.skeleton.blocks)):
+            block = self._block(index)
+            trained = {
+                f"{name}.weight": Trained(tensor.scale, positive=True)
+                for name, tensor in block.tensors.items()
+            }
+            trained |= {
+                name: Trained(value, positive=False)
+                for name, value in block.plain.items()
+                if wanted(name, value)
+            }
+            self.blocks.append(trained)
+        names = [name for name, value in self._outer.items() if value.ndim == 1]
+        stored = job.skeleton.load_outer(names=names) if names and norms else {}
+        self.outer = {name: Trained(value, positive=False) for name, value in stored.items()}
+
+    @property
+    def trained(self) -> list[Trained]:
+        """All that is trained, in the order of the model."""
+        return [one for _, one in self.named()]
+
+    def named(self) -> Iterator[tuple[str, Trained]]:
+        """The same, each with its kind: `scales`, `norms` or `biases`."""
+        for block in self.blocks:
+            for name, one in block.items():
+                of_linear = _of_linear(name, self._job)
+                kind = "biases" if of_linear else "norms"
+                yield ("scales" if of_linear and name.endswith(".weight") else kind), one
+        for one in self.outer.values():
+            yield "norms", one
+
+    def learned_block(self, index: int) -> QuantizedBlock:
+        """Block `index` as it is to be stored now."""
+        block, trained = self._block(index), self.blocks[index]
+        tensors = {
+            name: replace(tensor, scale=trained[f"{name}.weight"].stored())
+            for name, tensor in block.tensors.items()
+        }
+        plain = {
+            name: trained[name].stored() if name in trained else value
+            for name, value in block.plain.items()
+        }
+        return replace(block, tensors=tensors, plain=plain)
+
+    @torch.no_grad()
+    def loss(self, windows: Tensor) -> float:
+        """Mean KL(original ‖ quantized) in nats per token on calibration windows of these indices, as loaders will
+        compute it."""
+        total = 0.0
+        for part in _in_batches(windows, self._tokens.shape[1]):
+            hidden = self._forward(part)[-1]
+            total += self._head_loss(hidden, part)
+        return total / (len(windows) * self._tokens.shape[1])
+
+    def gradient(self, windows: Tensor) -> float:
+        """The same; its gradient is added to every θ. The sum is taken back, not the mean, that half precision does
+        not lose it."""
+        count = len(windows) * self._tokens.shape[1]
+        with torch.no_grad():
+            given = self._forward(windows)
+        total, backward = self._head_gradient(given.pop(), windows)
+        for index in reversed(range(len(self.blocks))):
+            backward = self._block_gradient(index, given.pop(), backward)
+        for one in self.trained:
+            if one.theta.grad is not None:
+                one.theta.grad /= count
+        return total / count
+
+    # -- forward -----------------------------------------------------------------------------------
+
+    def _forward(self, windows: Tensor) -> list[Tensor]:
+        """What each block is given, and what the last one gives, [windows, length, hidden] each, on the CPU."""
+        skeleton, dtype = self._job.skeleton, self._job.dtype
+        parts = [
+            skeleton.embed(self._outer, part.to(skeleton.device)).cpu()
+            for part in batches(self._tokens[windows])
+        ]
+        states = [torch.cat(parts)]
+        for index in range(len(self.blocks)):
+            block = self._block(index)
+            weights = self._weights(index, block)
+            with self._quantizing(index, block, block.inputs, fake_quantize_dynamic):
+                parts = [
+                    skeleton.run(index, weights, part.to(skeleton.device, dtype)).cpu()
+                    for part in batches(states[-1])
+                ]
+            states.append(torch.cat(parts))
+        return states
+
+    def _weights(self, index: int, block: QuantizedBlock) -> dict[str, Tensor]:
+        """The block's parameters once loaded; differentiable in what is trained."""
+        dtype, trained = self._job.dtype, self.blocks[index]
+        weights = {
+            name: (trained[name].value() if name in trained else value).to(dtype)
+            for name, value in block.plain.items()
+        }
+        for name, tensor in block.tensors.items():
+            scale = trained[f"{name}.weight"].value()
+            weights[f"{name}.weight"] = dequantize_trainable(
+                tensor, scale, block.unpacked_in or dtype, dtype
+            )
+        return weights
+
+    def _quantizing(
+        self,
+        index: int,
+        block: QuantizedBlock,
+        inputs: Mapping[str, Callable[[Tensor], Tensor]],
+        on_heads: Callable[[Tensor, TensorScheme], Tensor],
+    ) -> AbstractContextManager[None]:
+        skeleton = self._job.skeleton
+        return quantizing(
+            skeleton.blocks[index], inputs, skeleton.family.attention, block.heads, on_heads
+        )
+
+    # -- backward ----------------------------------------------------------------------------------
+
+    def _block_gradient(self, index: int, given: Tensor, backward: Tensor) -> Tensor:
+        """Gradient with respect to what the block was given, from that of what it gave; adds to the block's θ."""
+        skeleton, dtype = self._job.skeleton, self._job.dtype
+        block = self._block(index)
+        inputs = {name: _through(quantizer) for name, quantizer in block.inputs.items()}
+        with torch.enable_grad():
+            weights = self._weights(index, block)
+            leaves, gather = _leaves(weights)
+            found = []
+            with self._quantizing(index, block, inputs, fake_quantize_trainable):
+                for part, gradient in zip(batches(given), batches(backward), strict=True):
+                    hidden = part.to(skeleton.device, dtype).requires_grad_()
+                    output = skeleton.run(index, leaves, hidden)
+                    found.append(gather(output, gradient.to(output), hidden).cpu())
+            gather.finish()
+        return torch.cat(found)
+
+    def _head_gradient(self, hidden: Tensor, windows: Tensor) -> tuple[float, Tensor]:
+        """The summed KL of what the last block gave, and its gradient; adds to the outer θ."""
+        with torch.enable_grad():
+            weights = self._outer | {
+                n: o.value().to(self._job.dtype) for n, o in self.outer.items()
+            }
+            leaves, gather = _leaves(weights)
+            total, found = 0.0, []
+            for student, teacher in self._pieces(hidden, windows):
+                student = student.requires_grad_()
+                loss = self._kl(leaves, student, teacher)
+                total += float(loss.detach())
+                found.append(gather(loss, torch.ones_like(loss), student).cpu())
+            gather.finish()
+        length = hidden.shape[1]
+        rows = torch.cat([piece.flatten(0, 1) for piece in found])
+        return total, rows.unflatten(0, (-1, length))
+
+    def _head_loss(self, hidden: Tensor, windows: Tensor) -> float:
+        weights = self._outer | {n: o.value().to(self._job.dtype) for n, o in self.outer.items()}
+        pieces = self._pieces(hidden, windows)
+        return sum(float(self._kl(weights, student, teacher)) for student, teacher in pieces)
+
+    def _pieces(self, hidden: Tensor, windows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Both models' last hidden states, [1, tokens, hidden] each, few enough tokens for their logits."""
+        device, dtype = self._job.skeleton.device, self._job.dtype
+        tokens = max(1, _LOGITS // self._job.skeleton.config.vocab_size)
+        for mine, window in zip(hidden, windows.tolist(), strict=True):
+            both = mine.split(tokens), self._original[window].split(tokens)
+            for student, teacher in zip(*both, strict=True):
+                yield (
+                    student.unsqueeze(0).to(device, dtype),
+                    teacher.unsqueeze(0).to(device, dtype),
+                )
+
+    def _kl(self, weights: Mapping[str, Tensor], student: Tensor, teacher: Tensor) -> Tensor:
+        """KL(original ‖ quantized) summed over tokens, float32 at least."""
+        skeleton = self._job.skeleton
+        with torch.no_grad():
+            log_p = widened(skeleton.head(self._teacher, teacher)).log_softmax(dim=-1)
+        log_q = widened(skeleton.head(weights, student)).log_softmax(dim=-1)
+        return F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+
+    # -- shards ------------------------------------------------------------------------------------
+
+    def _file(self, number: int) -> Path:
+        return self._path / shard_name(number, len(self._job.skeleton.blocks) + 1)
+
+    def _block(self, index: int) -> QuantizedBlock:
+        """Block `index` as it was written, codes unpacked."""
+        if index in self._kept:
+            return self._kept[index]
+        skeleton = self._job.skeleton
+        tensors = load_file(self._file(index + 1), device=str(skeleton.device))
+        block = block_from_tensors(skeleton, index, self._job.plan, tensors)
+        # Copies, because matrix products may depend on how their operands are aligned.
+        plain = {name: value.clone() for name, value in block.plain.items()}
+        block = replace(block, plain=plain)
+        size = sum(tensor.codes.numel() for tensor in block.tensors.values())
+        size += sum(value.nbytes for value in plain.values())
+        if self._kept_weights + size <= _KEPT:
+            self._kept[index] = block
+            self._kept_weights += size
+        return block
+
+
+class _Gather:
+    """Sums gradients with respect to leaves over pieces of a batch, and hands them on at the end."""
+
+    def __init__(self, sources: Sequence[Tensor], leaves: Sequence[Tensor]) -> None:
+        self._sources, self._leaves = sources, leaves
+        self._sums: list[Tensor | None] = [None] * len(leaves)
+
+    def __call__(self, output: Tensor, gradient: Tensor, given: Tensor) -> Tensor:
+        """Take the gradient of a piece's output back; returns that with respect to what it was given."""
+        wanted = [given, *self._leaves]
+        first, *others = torch.autograd.grad(output, wanted, gradient, allow_unused=True)
+        for place, value in enumerate(others):
+            if value is not None:
+                before = self._sums[place]
+                self._sums[place] = widened(value) if before is None else before.add_(value)
+        assert first is not None
+        return first
+
+    def finish(self) -> None:
+        """Add what was summed to the gradients of what the leaves were made of."""
+        pairs = [
+            (source, gradient.to(source.dtype))
+            for source, gradient in zip(self._sources, self._sums, strict=True)
+            if gradient is not None
+        ]
+        if pairs:
+            torch.autograd.backward([p[0] for p in pairs], [p[1] for p in pairs])
+
+
+def _leaves(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], _Gather]:
+    """Weights cut off from what they were made of, and what puts them together again."""
+    sources = {name: value for name, value in weights.items() if value.requires_grad}
+    leaves = {name: value.detach().requires_grad_() for name, value in sources.items()}
+    return dict(weights) | leaves, _Gather(list(sources.values()), list(leaves.values()))
+
+
+def _of_linear(name: str, job: Job) -> bool:
+    """Whether a block's parameter of one dimension is the bias of a linear layer."""
+    return name.rpartition(".")[0] in job.skeleton.family.linears
+
+
+def _in_batches(windows: Tensor, length: int) -> Sequence[Tensor]:
+    return windows.split(max(1, TOKENS_PER_BATCH // length))
+
+
+def _through(quantizer: InputQuantizer) -> Callable[[Tensor], Tensor]:
+    """The same quantization, with gradients: of what a static range clips there are none."""
+    if not quantizer.scheme.static:
+        return lambda x: fake_quantize_trainable(x, quantizer.scheme)
+
+    def quantize(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            largest = torch.finfo(x.dtype).max
+            low, high = quantizer(x.new_tensor([[-largest, largest]])).flatten().unbind()
+            rounded = quantizer(x)
+        clipped = x.clamp(low, high)
+        return clipped + (rounded - clipped).detach()
+
+    return quantize
