@@ -148,7 +148,7 @@ def test_rules_and_ignored_layers_stay(make: Any, tmp_path: Path) -> None:
     assert made.allocation["chosen"]["bits_per_weight"] <= 4.5
 
 
-@pytest.mark.parametrize("method", ["awq", "gptq", "rotation"])
+@pytest.mark.parametrize("method", ["awq", "gptq", "rotation", "gptq+distil"])
 def test_with_methods(make: Any, method: str) -> None:
     made = make(method=method, bits=4.5, samples=2, sequence_length=24)
     assert len({layer["scheme"] for layer in made.layers}) > 1
