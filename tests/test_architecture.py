@@ -103,6 +103,10 @@ MUST_NOT_REACH = {
     "recipe": ("pipeline", "cli", "data", "evaluate", "export", "runtime", "report"),
     "models": ("pipeline", "cli", "report", "recipe", "transforms", "ranges", "rounding"),
     "runtime": ("pipeline", "cli", "report", "recipe", "transforms", "ranges", "rounding"),
+    "allocation": (
+        *("pipeline", "cli", "report", "recipe", "transforms", "corrections", "rounding"),
+        *("export", "data"),
+    ),
     "data": ("pipeline", "cli", "report", "recipe", "models"),
     "evaluate": ("pipeline", "cli", "report", "recipe"),
     "pipeline": ("cli", "report"),

@@ -7,10 +7,12 @@
 Importing bitfold also teaches transformers to load artifacts in bitfold's own format.
 """
 
+from bitfold.allocation import Mixed
 from bitfold.errors import BitfoldError
 from bitfold.evaluate import evaluate, generate
 from bitfold.numerics import QuantizedTensor, Scheme
 from bitfold.pipeline.quantize import Quantization, quantize
+from bitfold.pipeline.sensitivity import Sensitivity, sensitivity
 from bitfold.pipeline.verify import verify
 from bitfold.recipe import Recipe
 from bitfold.runtime import hf_quantizer as _hf_quantizer  # noqa: F401 - registers the format
@@ -19,15 +21,18 @@ from bitfold.version import VERSION as __version__  # noqa: N811
 
 __all__ = [
     "BitfoldError",
+    "Mixed",
     "Quantization",
     "QuantizedTensor",
     "Recipe",
     "Scheme",
+    "Sensitivity",
     "__version__",
     "evaluate",
     "generate",
     "load",
     "load_tokenizer",
     "quantize",
+    "sensitivity",
     "verify",
 ]

@@ -1,19 +1,17 @@
 """The command line: parses, calls the library, prints. It adds nothing that Python cannot do."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn as TimeLeft
 from typer.core import TyperGroup
 
 from bitfold.errors import DataError, did_you_mean
-from bitfold.report import terminal
+from bitfold.report import outcome, terminal
 from bitfold.report.ending import USAGE_ERROR, ending
+from bitfold.report.mixed import mixed_options
+from bitfold.report.progress import showing_progress as _progress
 from bitfold.version import VERSION
 
 __all__ = ["app", "main"]
@@ -65,12 +63,17 @@ Model = Annotated[
 ]
 
 
+_MIXED: Any = {"rich_help_panel": "Mixed precision"}
+
+
 @app.command(
     epilog="Example: bitfold quantize ./llama-3.2-1b -o ./llama-w4 --method awq --scheme w4a16g128"
 )
 def quantize(
     model: Model,
-    out: Annotated[Path, typer.Option("-o", "--out", help="Directory of the artifact.")],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Directory of the artifact.")
+    ] = None,
     method: Annotated[
         str | None,
         typer.Option(help="A method, or several composed: awq, rtn … (`bitfold recipes`)."),
@@ -105,16 +108,59 @@ def quantize(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done, and what it would take.")
     ] = False,
+    bits: Annotated[
+        float | None,
+        typer.Option(help="Find each layer's bits, so many in the mean: 3.25.", **_MIXED),
+    ] = None,
+    fit: Annotated[
+        str | None, typer.Option(help="Find each layer's bits; size of the whole: 3.5GB.", **_MIXED)
+    ] = None,
+    latency: Annotated[
+        float | None, typer.Option(help="Seconds of all layers, by --latency-table.", **_MIXED)
+    ] = None,
+    latency_table: Annotated[
+        Path | None, typer.Option(help="JSON: seconds by shape and bits.", **_MIXED)
+    ] = None,
+    candidates: Annotated[
+        str | None, typer.Option(help="Bits to choose from; default 16,8,6,5,4,3,2.", **_MIXED)
+    ] = None,
+    group_sizes: Annotated[
+        str | None, typer.Option(help="Group sizes to choose from, as 128,64.", **_MIXED)
+    ] = None,
+    per: Annotated[str | None, typer.Option(help="layer (the default) or kind.", **_MIXED)] = None,
+    unfused: Annotated[
+        bool, typer.Option("--unfused", help="q, k, v and gate, up choose apart.", **_MIXED)
+    ] = False,
+    sensitivity_windows: Annotated[
+        int | None, typer.Option(help="Windows to measure on; default 8.", **_MIXED)
+    ] = None,
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="Only measure, and print the ranking.", **_MIXED)
+    ] = False,
     json: Json = False,
 ) -> None:
     """Quantize a checkpoint: MODEL and a recipe in, an artifact that transformers and vLLM load out."""
     from bitfold.pipeline.estimate import Estimate
     from bitfold.pipeline.quantize import quantize as run
 
+    mixed = mixed_options(candidates, group_sizes, per, unfused, sensitivity_windows, latency_table)
+    if sensitivity:
+        _sensitivity(
+            model,
+            {"method": method, "scheme": scheme, "recipe": recipe, "set": set or ()}
+            | {"ignore": ignore or (), "seed": seed, "calibration": calibration or ()}
+            | {"device": device, "dtype": dtype, "mixed": mixed},
+            {"--bits": bits, "--fit": fit, "--latency": latency, "--out": out},
+            json,
+        )
+        return
+    if out is None:
+        raise USAGE_ERROR("Missing option '-o' / '--out': see `bitfold quantize --help`")
+    target = out
     with _progress("quantizing") as progress:
         result = run(
             model,
-            out,
+            target,
             method=method,
             scheme=scheme,
             recipe=recipe,
@@ -130,13 +176,32 @@ def quantize(
             resume=not no_resume,
             dry_run=dry_run,
             progress=progress,
+            bits=bits,
+            fit=fit,
+            latency=latency,
+            mixed=mixed,
         )
     if json:
         terminal.print_json(result.to_json())
     elif isinstance(result, Estimate):
-        _print_estimate(result, out)
+        outcome.print_estimate(result, target)
     else:
-        _print_quantization(result)
+        outcome.print_quantization(result)
+
+
+def _sensitivity(model: str, options: dict[str, Any], refused: dict[str, Any], json: bool) -> None:
+    """Measure, and print the ranking; options of a result that is not made are refused."""
+    from bitfold.pipeline.sensitivity import sensitivity as run
+
+    given = [name for name, value in refused.items() if value is not None]
+    if given:
+        raise USAGE_ERROR(f"--sensitivity only measures: leave {' and '.join(given)} out")
+    with _progress("measuring") as progress:
+        result = run(model, progress=progress, **options)
+    if json:
+        terminal.print_json(result.to_json())
+    else:
+        outcome.print_sensitivity(result)
 
 
 @app.command(
@@ -306,44 +371,6 @@ def main() -> None:
     ending(lambda: app(standalone_mode=False, prog_name="bitfold"))
 
 
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[float, int, str], None]]:
-    """On stderr: a bar with the time left, or in a log a line for every tenth of the way."""
-    console = terminal.console(stderr=True)
-    if not console.is_terminal:
-        yield _progress_lines(console, what)
-        return
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeLeft(),
-        console=console,
-        transient=True,
-    )
-    with bar:
-        task = bar.add_task(what, total=None)
-
-        def update(done: float, total: int, doing: str) -> None:
-            bar.update(task, completed=done, total=total, description=f"{what}: {doing}")
-
-        yield update
-
-
-def _progress_lines(console: Any, what: str) -> Callable[[float, int, str], None]:
-    reached = -1
-
-    def update(done: float, total: int, doing: str) -> None:
-        nonlocal reached
-        if int(10 * done / total) > reached:
-            reached = int(10 * done / total)
-            console.print(f"{what} {done / total:.0%}: {doing}", markup=False)
-
-    return update
-
-
 def _named_files(items: list[str]) -> dict[str, str | Path]:
     """`[NAME=]FILE` items; the name is the file's stem without one."""
     named: dict[str, str | Path] = {}
@@ -357,41 +384,3 @@ def _named_files(items: list[str]) -> dict[str, str | Path]:
             raise DataError(f"Two texts are named '{name}': write --text NAME=FILE.")
         named[name] = Path(file)
     return named
-
-
-def _print_estimate(result: Any, out: Path) -> None:
-    human = terminal.human_bytes
-    terminal.console().print(
-        f"Would quantize {result.quantized_layers} layers in {result.blocks} blocks to {escape(str(out))} "
-        f"({result.format}):\n"
-        f"  time    about {terminal.human_seconds(result.seconds)} on this machine (measured on the first block)\n"
-        f"  memory  about {result.peak_rss_mb:.0f} MB at the peak\n"
-        f"  disk    {human(result.size_bytes)} for the artifact, {human(result.disk_bytes)} while it grows\n"
-        "Nothing was written."
-    )
-
-
-def _print_quantization(result: Any) -> None:
-    console = terminal.console()
-    if result.finished_before:
-        console.print(f"{escape(str(result.out))} is finished already: nothing was done.")
-    else:
-        console.print(terminal.layer_table(result.layers))
-    smaller = result.original_bytes / result.size_bytes
-    console.print(
-        f"[green]{escape(str(result.out))}[/]: {result.scheme} by {result.method}, {result.bits_per_weight:.3f} bits "
-        f"per weight, {terminal.human_bytes(result.size_bytes)} ({smaller:.1f} times smaller), "
-        f"{terminal.human_seconds(result.seconds)}, peak memory {result.peak_rss_mb:.0f} MB"
-        f"{f', resumed after {result.resumed_blocks} blocks' if result.resumed_blocks else ''}"
-    )
-    console.print(
-        f"KL to the original on {result.probe['tokens']} probe tokens: {result.probe['kl_mean']:.4f} nats "
-        f"(measure your own text: bitfold eval {escape(str(result.out))} --text FILE --against MODEL)"
-    )
-    if result.online is not None:
-        console.print(f"[yellow]online[/] {escape(result.online['note'])}")
-    for note in result.notes:
-        console.print(f"[yellow]note[/] {escape(note)}")
-    console.print("\n[bold]Use it[/]")
-    for line in result.usage:
-        console.print(f"  {escape(line)}")

@@ -197,6 +197,11 @@ class Recipe(BaseModel):
         matching = [rule.scheme for rule in self.layers if fnmatchcase(layer, rule.match)]
         return matching[-1] if matching else self.scheme
 
+    def pins(self, layer: str) -> bool:
+        """Whether a rule or `ignore` says what becomes of a linear layer, by its full name."""
+        patterns = (*self.ignore, *(rule.match for rule in self.layers))
+        return any(fnmatchcase(layer, pattern) for pattern in patterns)
+
     @property
     def part_names(self) -> list[str]:
         """Its parts in the order in which they act; a min-max range goes without saying."""

@@ -45,6 +45,7 @@ OTHERS: dict[str, dict[str, object]] = {
     "text": {"text": Calibration(TOKENS, "text", "bb", ())},
     "dtype": {"dtype": torch.bfloat16},
     "device": {"device": torch.device("cuda")},
+    "allocation": {"allocation": {"budget": {"bits": 3}}},
 }
 
 

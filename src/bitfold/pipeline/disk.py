@@ -1,9 +1,9 @@
 """The disk a run takes: known to a few kilobytes before anything is written."""
 
+import json
 import shutil
 
 import torch
-from torch import Tensor
 
 from bitfold.errors import OutputError
 from bitfold.export.artifact import companion_files
@@ -14,10 +14,10 @@ from bitfold.pipeline.job import Job
 from bitfold.pipeline.probe import probe_bytes
 from bitfold.pipeline.workdir import Workdir, existing_parent
 
-__all__ = ["artifact_bytes", "check_disk", "working_bytes"]
+__all__ = ["TEXT_OF_A_TENSOR", "artifact_bytes", "check_disk", "weight_bytes", "working_bytes"]
 
 # What index, checksums and headers say of a tensor, and the report of a layer; card, recipe and provenance.
-_TEXT_OF_A_TENSOR = 320
+TEXT_OF_A_TENSOR = 320
 _TEXT = 4_000
 
 
@@ -26,7 +26,7 @@ def artifact_bytes(job: Job) -> int:
     weights = 0
     tensors = 0
     # Layers of one shape, scheme and format take the same, and most are.
-    known: dict[tuple[object, ...], tuple[int, int]] = {}
+    known: dict[tuple[tuple[int, ...], TensorScheme, WeightFormat], tuple[int, int]] = {}
     for name, source in job.skeleton.sources.items():
         layer = name.removesuffix(".weight")
         info = job.skeleton.checkpoint.tensors[source]
@@ -37,15 +37,18 @@ def artifact_bytes(job: Job) -> int:
         form = job.plan.choice.formats[layer]
         key = (info.shape, scheme, form)
         if key not in known:
-            stored = _quantized(job, info.shape, scheme, form)
-            known[key] = tensor_bytes(stored), len(stored)
+            known[key] = weight_bytes(job, *key)
         weights, tensors = weights + known[key][0], tensors + known[key][1]
     if job.plan.online is not None:
         weights, tensors = weights + job.plan.online.bytes, tensors + job.plan.online.matrices
     companions = sum(file.stat().st_size for file in companion_files(job.source))
     windows, length = job.probe.shape
     probe = probe_bytes(windows, length, job.skeleton.config.vocab_size)
-    return weights + companions + probe + tensors * _TEXT_OF_A_TENSOR + _TEXT
+    text = tensors * TEXT_OF_A_TENSOR + _TEXT
+    if job.allocation is not None:
+        # Rules for each layer are written out in the recipe, and the search in the report.
+        text += len(job.plan.recipe.to_yaml()) + len(json.dumps(job.allocation, indent=4))
+    return weights + companions + probe + text
 
 
 def working_bytes(job: Job) -> int:
@@ -72,7 +75,7 @@ def _learning_bytes(job: Job) -> int:
             learned += groups * job.plan.storage.itemsize
         if name in outside:
             outer += info.nbytes
-    names = len(skeleton.sources) * _TEXT_OF_A_TENSOR
+    names = len(skeleton.sources) * TEXT_OF_A_TENSOR
     return learned + names + max(outer, artifact_bytes(job) // len(skeleton.blocks))
 
 
@@ -89,11 +92,12 @@ def check_disk(job: Job) -> None:
         )
 
 
-def _quantized(
+def weight_bytes(
     job: Job, shape: tuple[int, ...], scheme: TensorScheme, form: WeightFormat
-) -> dict[str, Tensor]:
-    """The tensors that the format makes of a weight [out, in], without their contents."""
+) -> tuple[int, int]:
+    """Bytes and number of the tensors that the job's format makes of a weight [out, in]."""
     weight = torch.empty(shape, device="meta")
     limits = torch.aminmax(to_groups(weight, scheme), dim=-1, keepdim=True)
     tensor = QuantizedTensor.from_limits(weight, *limits, scheme, job.plan.storage)
-    return job.plan.format.to_tensors("", tensor, form)
+    stored = job.plan.format.to_tensors("", tensor, form)
+    return tensor_bytes(stored), len(stored)

@@ -1,8 +1,9 @@
 """Before the first block: everything a run needs is found, checked and settled."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from bitfold.runtime.checkpoint import find_checkpoint
 from bitfold.runtime.device import resolve_device, resolve_dtype
 from bitfold.runtime.load import load_tokenizer
 
-__all__ = ["Job", "prepare"]
+__all__ = ["Job", "prepare", "read_calibration", "with_allocation"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Job:
     """What a run has settled before its first block.
 
     model: as the user named it; source: its directory. probe: token ids [windows, length] of the probe. dtype: in
-    which calibration and simulation run. request: all that the artifact's bytes depend on, hashed.
+    which calibration and simulation run. request: all that the artifact's bytes depend on, hashed. allocation: how the
+    bits of each layer were found, as it is reported; None where the recipe gives them.
     """
 
     source: Path
@@ -47,6 +49,7 @@ class Job:
     dtype: torch.dtype
     request: str
     notes: tuple[str, ...]
+    allocation: dict[str, Any] | None = None
 
     @property
     def keeps_original(self) -> bool:
@@ -100,15 +103,7 @@ def prepare(
     check_samples(samples)
     data = None
     if recipe.calibrates or calibration:
-        needs_tokenizer = not calibration or any(f.suffix.lower() != ".npy" for f in calibration)
-        data = load_calibration(
-            calibration,
-            load_tokenizer(source) if needs_tokenizer else None,
-            samples=samples,
-            sequence_length=length,
-            seed=recipe.seed,
-            vocab_size=skeleton.config.vocab_size,
-        )
+        data = read_calibration(skeleton, calibration, samples, length, recipe.seed)
         _check_windows(recipe, data)
     _check_trained(skeleton, plan)
     return Job(
@@ -122,6 +117,37 @@ def prepare(
         dtype=compute,
         request=request_hash(skeleton.checkpoint, recipe, data, compute, device),
         notes=plan.notes + (data.notes if data else ()),
+    )
+
+
+def read_calibration(
+    skeleton: Skeleton, files: Sequence[Path], samples: int, length: int, seed: int
+) -> Calibration:
+    """Windows of calibration text, cut by the tokenizer of the checkpoint; DataError where there are none to be had."""
+    needs_tokenizer = not files or any(file.suffix.lower() != ".npy" for file in files)
+    return load_calibration(
+        files,
+        load_tokenizer(skeleton.checkpoint.path) if needs_tokenizer else None,
+        samples=samples,
+        sequence_length=length,
+        seed=seed,
+        vocab_size=skeleton.config.vocab_size,
+    )
+
+
+def with_allocation(job: Job, recipe: Recipe, allocation: dict[str, Any]) -> Job:
+    """The same job by a recipe in which bits were found for every layer; notes of the choice come last."""
+    data = job.calibration
+    plan = make_plan(job.skeleton, recipe)
+    checkpoint, device = job.skeleton.checkpoint, job.skeleton.device
+    return replace(
+        job,
+        plan=plan,
+        request=request_hash(checkpoint, recipe, data, job.dtype, device, allocation),
+        notes=tuple(
+            dict.fromkeys([*plan.notes, *(data.notes if data else ()), *allocation["notes"]])
+        ),
+        allocation=allocation,
     )
 
 

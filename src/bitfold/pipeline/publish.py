@@ -79,10 +79,11 @@ def _report(job: Job, workdir: Workdir, distance: dict[str, Any]) -> dict[str, A
     online = job.plan.online
     return {
         "method": job.plan.recipe.method,
-        "scheme": job.plan.recipe.scheme.notation,
+        "scheme": job.plan.recipe.scheme.notation + (" (mixed)" if job.allocation else ""),
         "bits_per_weight": bits / weights if weights else 16.0,
         **({} if online is None else {"online": online.to_json()}),
         "probe": distance,
+        **({} if job.allocation is None else {"allocation": job.allocation}),
         **({} if found is None else {"distillation": _without(found, "sums", "notes")}),
         "fits": [block["fits"] for block in blocks if block["fits"]],
         "folding_errors": [block["folding_error"] for block in blocks],

@@ -10,9 +10,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from bitfold.allocation import Budget, Mixed
 from bitfold.errors import BitfoldError, OutputError, RecipeError
 from bitfold.export.artifact import shard_name, tensor_sums
 from bitfold.models.checkpoint import tensor_bytes
+from bitfold.pipeline.allocate import allocate
+from bitfold.pipeline.asked import resolve_recipe, several
 from bitfold.pipeline.block import QuantizedBlock
 from bitfold.pipeline.disk import check_disk
 from bitfold.pipeline.distill import learn, put_in
@@ -22,6 +25,7 @@ from bitfold.pipeline.outer import outer_tensors, outer_weights
 from bitfold.pipeline.probe import Probe, probe_report
 from bitfold.pipeline.publish import publish
 from bitfold.pipeline.result import Quantization, read_result
+from bitfold.pipeline.sensitivity import Store
 from bitfold.pipeline.shards import block_tensors, check_shard
 from bitfold.pipeline.step import refuse_nonfinite, step
 from bitfold.pipeline.streams import Streams
@@ -54,6 +58,10 @@ def quantize(
     overwrite: bool = False,
     resume: bool = True,
     dry_run: bool = False,
+    bits: float | None = None,
+    fit: str | int | None = None,
+    latency: float | None = None,
+    mixed: Mixed | None = None,
     progress: Progress | None = None,
 ) -> Quantization | Estimate:
     """Quantize a checkpoint into the directory `out`.
@@ -63,31 +71,35 @@ def quantize(
     dtype: in which the calibration and the simulation run (`auto`: float32 on the CPU). A killed run goes on where it
     was unless `resume` is false. With `dry_run` nothing is written and an `Estimate` comes back.
 
+    bits, fit, latency: find the bits of every layer that hurt least within a budget: mean bits per weight, size of the
+    whole artifact (`3.5GB`), seconds by a table; they replace those of the scheme's weights. mixed: how
+    they are looked for.
+
     >>> bitfold.quantize("llama-3.2-1b", "llama-w4", method="awq", scheme="w4a16g128")  # doctest: +SKIP
 
     Raises a BitfoldError, one clear sentence, for anything wrong with input, recipe or machine.
     """
     start = time.perf_counter()
-    if not isinstance(recipe, Recipe):
-        file = None if recipe is None else Path(recipe)
-        set, ignore = _several(set), _several(ignore)
-        recipe = Recipe.make(method, scheme, file=file, set=set, ignore=ignore, seed=seed)
-    elif method or scheme or set or ignore or seed is not None:
-        raise RecipeError(
-            "A finished Recipe goes without method, scheme, set, ignore and seed: give one or the other."
-        )
+    recipe = resolve_recipe(recipe, method, scheme, set, ignore, seed)
+    budget = Budget.make(bits, fit, latency)
+    if budget is None and mixed is not None:
+        raise RecipeError("Bits are looked for within a budget: give --bits, --fit or --latency.")
     out = Path(out).expanduser().absolute()
     refuse_foreign(out)
+    files = [Path(file) for file in several(calibration)]
+    report = progress or (lambda done, total, what: None)
     job = prepare(
         str(model),
         out,
         recipe,
-        calibration=[Path(file) for file in _several(calibration)],
+        calibration=files,
         samples=samples,
         sequence_length=sequence_length,
         device=device,
         dtype=dtype,
     )
+    if budget is not None:
+        job = allocate(job, budget, mixed or Mixed(), files, keep=not dry_run, report=report)
     finished = finished_request(out)
     if finished not in (None, job.request) and not overwrite:
         raise OutputError(
@@ -104,18 +116,15 @@ def quantize(
     check_disk(job)
     with torch.no_grad(), workdir.opened(job.request):
         try:
-            resumed = _run(job, workdir, resume, progress or (lambda done, total, what: None))
+            resumed = _run(job, workdir, resume, report)
         except OutputError:
             raise  # what is finished stays: with room on the disk the run goes on
         except BitfoldError:
             workdir.discard()
             raise
+    if budget is not None:
+        Store(out).discard()
     return read_result(job, seconds=time.perf_counter() - start, resumed_blocks=resumed)
-
-
-def _several(values: Any) -> Sequence[Any]:
-    """One value or a sequence of them, as a sequence."""
-    return [values] if isinstance(values, str | Path) else values
 
 
 def _run(job: Job, workdir: Workdir, resume: bool, report: Progress) -> int:

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -20,9 +22,10 @@ def request_hash(
     calibration: Calibration | None,
     dtype: torch.dtype,
     device: torch.device,
+    allocation: Mapping[str, Any] | None = None,
 ) -> str:
-    """Everything the artifact's bytes depend on, hashed; hexadecimal."""
-    parts = {
+    """Everything the artifact's bytes depend on, hashed; hexadecimal. allocation: how bits were found, as reported."""
+    parts: dict[str, Any] = {
         "bitfold": VERSION,
         "source": checkpoint.fingerprint(),
         "companions": {file.name: sha256_of(file) for file in companion_files(checkpoint.path)},
@@ -31,4 +34,6 @@ def request_hash(
         "dtype": str(dtype),
         "device": device.type,
     }
+    if allocation is not None:
+        parts["allocation"] = allocation
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

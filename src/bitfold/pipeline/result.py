@@ -18,8 +18,9 @@ __all__ = ["Quantization", "read_result", "usage_lines"]
 @dataclass(frozen=True)
 class Quantization:
     """What a run made and what it cost. `finished_before`: it was there already, nothing was done; online: what the
-    matrices cost at inference that the method leaves to run, None where everything is folded; distillation: what it
-    trained, and the KL on held-back windows before and after, None without it."""
+    matrices cost at inference that the method leaves to run, None where everything is folded; allocation: how the bits
+    of each layer were found, None where the recipe gave them; distillation: what it trained, and the KL on held-back
+    windows before and after, None without it."""
 
     out: Path
     seconds: float
@@ -33,6 +34,7 @@ class Quantization:
     format: str
     probe: dict[str, Any]
     online: dict[str, Any] | None
+    allocation: dict[str, Any] | None
     distillation: dict[str, Any] | None
     layers: list[dict[str, Any]]
     notes: tuple[str, ...]
@@ -73,6 +75,7 @@ def read_result(
             format=quantization["quant_method"],
             probe=report["probe"],
             online=report.get("online"),
+            allocation=report.get("allocation"),
             distillation=report.get("distillation"),
             layers=report["layers"],
             notes=tuple(report["notes"]),

@@ -1,0 +1,99 @@
+"""What the command line says at the end of a run."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from bitfold.report import terminal
+
+__all__ = ["pareto_table", "print_estimate", "print_quantization", "print_sensitivity"]
+
+
+def print_estimate(result: Any, out: Path) -> None:
+    """What a run would take."""
+    human = terminal.human_bytes
+    terminal.console().print(
+        f"Would quantize {result.quantized_layers} layers in {result.blocks} blocks to {escape(str(out))} "
+        f"({result.format}):\n"
+        f"  time    about {terminal.human_seconds(result.seconds)} on this machine (measured on the first block)\n"
+        f"  memory  about {result.peak_rss_mb:.0f} MB at the peak\n"
+        f"  disk    {human(result.size_bytes)} for the artifact, {human(result.disk_bytes)} while it grows\n"
+        "Nothing was written."
+    )
+
+
+def print_quantization(result: Any) -> None:
+    """What a run made, what it cost, and how to use it."""
+    console = terminal.console()
+    if result.finished_before:
+        console.print(f"{escape(str(result.out))} is finished already: nothing was done.")
+    else:
+        console.print(terminal.layer_table(result.layers))
+    smaller = result.original_bytes / result.size_bytes
+    console.print(
+        f"[green]{escape(str(result.out))}[/]: {result.scheme} by {result.method}, {result.bits_per_weight:.3f} bits "
+        f"per weight, {terminal.human_bytes(result.size_bytes)} ({smaller:.1f} times smaller), "
+        f"{terminal.human_seconds(result.seconds)}, peak memory {result.peak_rss_mb:.0f} MB"
+        f"{f', resumed after {result.resumed_blocks} blocks' if result.resumed_blocks else ''}"
+    )
+    console.print(
+        f"KL to the original on {result.probe['tokens']} probe tokens: {result.probe['kl_mean']:.4f} nats "
+        f"(measure your own text: bitfold eval {escape(str(result.out))} --text FILE --against MODEL)"
+    )
+    if result.online is not None:
+        console.print(f"[yellow]online[/] {escape(result.online['note'])}")
+    if result.allocation is not None:
+        console.print(pareto_table(result.allocation))
+    for note in result.notes:
+        console.print(f"[yellow]note[/] {escape(note)}")
+    console.print("\n[bold]Use it[/]")
+    for line in result.usage:
+        console.print(f"  {escape(line)}")
+
+
+def pareto_table(allocation: Mapping[str, Any]) -> Table:
+    """The Pareto curve of mixed precision, and the chosen point in it."""
+    chosen = allocation["chosen"]
+    points = [(point, "") for point in allocation["pareto"] if point != chosen]
+    points = sorted([*points, (chosen, "chosen")], key=lambda pair: pair[0]["bits_per_weight"])
+    rows = [
+        [
+            f"{point['bits_per_weight']:.3f}",
+            terminal.human_bytes(point["weight_bytes"]),
+            *([f"{point['seconds']:.3g}"] if "seconds" in chosen else []),
+            f"{point['kl']:.3g}",
+            ", ".join(f"{count} at {name}" for name, count in point["layers"].items()),
+            mark,
+        ]
+        for point, mark in points
+    ]
+    timed = ["seconds"] if "seconds" in chosen else []
+    return terminal.table(
+        ["bits per weight", "weights", *timed, "sum of sensitivities", "layers", ""],
+        rows,
+        title="mixed precision: what less costs",
+    )
+
+
+def print_sensitivity(result: Any) -> None:
+    """The ranking of layers: KL by candidate."""
+    names = list(dict.fromkeys(name for group in result.groups for name in group["kl"]))
+    rows = [
+        [group["name"], *(_figure(group["kl"].get(name)) for name in names)]
+        for group in result.groups
+    ]
+    console = terminal.console()
+    console.print(terminal.table(["layers", *names], rows))
+    text = result.calibration
+    console.print(
+        f"KL to the original in nats per token where these layers alone are rounded to nearest, by bits and group; "
+        f"ranked by {result.ranked_by}, measured on {text['windows']} windows of {text['sequence_length']} tokens "
+        f"({escape(text['source'])}) in {terminal.human_seconds(result.seconds)}"
+    )
+
+
+def _figure(kl: float | None) -> str:
+    return "not finite" if kl is None else f"{kl:.3g}"
