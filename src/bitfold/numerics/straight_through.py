@@ -22,7 +22,7 @@ from bitfold.numerics.quantize import dequantize as _dequantize
 from bitfold.numerics.quantize import from_groups, quantize, scale_and_zero, to_groups
 from bitfold.numerics.scheme import TensorScheme
 
-__all__ = ["fake_quantize_trainable"]
+__all__ = ["fake_quantize_trainable", "onto_larger", "steps_of"]
 
 Ratios = tuple[Tensor, Tensor]
 
@@ -71,7 +71,7 @@ class _Through(torch.autograd.Function):
         if scheme.symmetric:
             high = torch.maximum(-low, high)
             low = -high
-        scale = ((high - low) / _steps(scheme)).clamp_(min=1e-12)
+        scale = ((high - low) / steps_of(scheme)).clamp_(min=1e-12)
         u = groups / scale
         zero = None
         if not scheme.symmetric:
@@ -90,7 +90,8 @@ class _Through(torch.autograd.Function):
         groups, difference, u, lower, upper = ctx.saved_tensors
         scheme: TensorScheme = ctx.scheme
         minimum, maximum = groups.amin(dim=-1, keepdim=True), groups.amax(dim=-1, keepdim=True)
-        passed, on_low, on_high = gradient, 0.0, 0.0
+        passed = gradient
+        on_low = on_high = torch.zeros_like(minimum)
         if u is not None:
             bottom, top = scheme.qmin - _EDGE, scheme.qmax + _EDGE
             passed = torch.ops.aten.hardtanh_backward(gradient, u, bottom, top)
@@ -98,15 +99,12 @@ class _Through(torch.autograd.Function):
             on_high = above.sum(dim=-1, keepdim=True)
             on_low = (gradient - passed).sum(dim=-1, keepdim=True) - on_high
         # dx̂/ds of what is inside, spread on both ends; what is clipped follows its own end.
-        rounding = (difference * passed).sum(dim=-1, keepdim=True) / _steps(scheme)
+        rounding = (difference * passed).sum(dim=-1, keepdim=True) / steps_of(scheme)
         on_low, on_high = on_low - rounding, on_high + rounding
         low = minimum if lower is None else minimum * lower
         high = maximum if upper is None else maximum * upper
         if scheme.symmetric:
-            # Both ends are ± the larger: it takes the gradient of both.
-            both = on_high - on_low
-            share = (high + low).sign()  # −1: the lower end is the larger one, 0: they are equal
-            on_low, on_high = both * (share - 1) / 2, both * (share + 1) / 2
+            on_low, on_high = onto_larger(on_low, on_high, low, high)
         on_low, on_high = on_low * (low <= 0), on_high * (high >= 0)
         on_minimum = on_low if lower is None else on_low * lower
         on_maximum = on_high if upper is None else on_high * upper
@@ -129,7 +127,16 @@ def _where_zero(distance: Tensor, value: Tensor) -> Tensor:
     return found
 
 
-def _steps(scheme: TensorScheme) -> float:
+def onto_larger(
+    on_low: Tensor, on_high: Tensor, low: Tensor, high: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients on the limits of a symmetric range: both ends are ± the larger, which takes the gradient of both."""
+    both = on_high - on_low
+    share = (high + low).sign()  # −1: the lower end is the larger one, 0: they are equal
+    return both * (share - 1) / 2, both * (share + 1) / 2
+
+
+def steps_of(scheme: TensorScheme) -> float:
     """Width of the grid in scales, between −limit and limit where it is symmetric."""
     if scheme.symmetric and scheme.narrow:
         return 2.0 * scheme.qmax

@@ -21,6 +21,7 @@ from bitfold.numerics import (
     scale_and_zero,
     to_groups,
 )
+from bitfold.numerics.straight_through import onto_larger, steps_of
 from bitfold.part import Need
 from bitfold.rounding.block_rounding import BlockLoss, BlockRounding
 from bitfold.rounding.rounding import Layer, Rounded
@@ -136,13 +137,10 @@ class _Rounded(torch.autograd.Function):
         passed = torch.ops.aten.hardtanh_backward(gradient, u, bottom, top)
         above = torch.ops.aten.threshold_backward(gradient, u, top).sum(dim=-1, keepdim=True)
         below = (gradient - passed).sum(dim=-1, keepdim=True) - above
-        steps = scheme.qmax - scheme.qmin if not scheme.narrow else 2 * scheme.qmax
-        inside = (difference * passed).sum(dim=-1, keepdim=True) / steps
+        inside = (difference * passed).sum(dim=-1, keepdim=True) / steps_of(scheme)
         on_low, on_high = below - inside, above + inside
-        if scheme.symmetric:  # both ends are ± the larger
-            both = on_high - on_low
-            share = (high + low).sign()
-            on_low, on_high = both * (share - 1) / 2, both * (share + 1) / 2
+        if scheme.symmetric:
+            on_low, on_high = onto_larger(on_low, on_high, low, high)
         return None, passed * scale, on_low, on_high, None
 
 
