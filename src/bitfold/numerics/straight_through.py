@@ -66,8 +66,8 @@ class _Through(torch.autograd.Function):
         ctx: Any, groups: Tensor, lower: Tensor | None, upper: Tensor | None, scheme: TensorScheme
     ) -> Tensor:
         minimum, maximum = groups.amin(dim=-1, keepdim=True), groups.amax(dim=-1, keepdim=True)
-        low = (minimum if lower is None else minimum * lower).clamp_(max=0)
-        high = (maximum if upper is None else maximum * upper).clamp_(min=0)
+        low = (minimum if lower is None else minimum * lower).clamp(max=0)
+        high = (maximum if upper is None else maximum * upper).clamp(min=0)
         if scheme.symmetric:
             high = torch.maximum(-low, high)
             low = -high
@@ -79,7 +79,8 @@ class _Through(torch.autograd.Function):
             u += zero
         codes = u.clamp(scheme.qmin, scheme.qmax).round_()
         ctx.scheme = scheme
-        ctx.save_for_backward(groups, codes - u, None if lower is None else u, lower, upper)
+        inside = None if lower is None else u
+        ctx.save_for_backward(groups, minimum, maximum, codes - u, inside, lower, upper)
         if zero is not None:
             codes -= zero
         return codes.mul_(scale)
@@ -87,9 +88,8 @@ class _Through(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        groups, difference, u, lower, upper = ctx.saved_tensors
+        groups, minimum, maximum, difference, u, lower, upper = ctx.saved_tensors
         scheme: TensorScheme = ctx.scheme
-        minimum, maximum = groups.amin(dim=-1, keepdim=True), groups.amax(dim=-1, keepdim=True)
         passed = gradient
         on_low = on_high = torch.zeros_like(minimum)
         if u is not None:

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from bitfold.models.skeleton import Skeleton
-from bitfold.numerics import Scheme
+from bitfold.numerics import Scheme, TensorScheme
 from bitfold.numerics.straight_through import fake_quantize_trainable
 from bitfold.pipeline.hooks import capturing_outputs, quantizing
 from bitfold.pipeline.plan import Plan
@@ -110,8 +111,11 @@ def _trainable(
 ) -> AbstractContextManager[None]:
     """The block with quantized inputs, queries, keys and values that gradients pass through."""
     family = skeleton.family
+    through = _Shared()
     inputs = {
-        name: _through(scheme) for name, scheme in schemes.items() if scheme.activation is not None
+        name: partial(through, scheme=scheme.activation)
+        for name, scheme in schemes.items()
+        if scheme.activation is not None
     }
     heads = plan.attention[f"{skeleton.block_name(index)}.{family.attention}"]
     return quantizing(
@@ -119,11 +123,13 @@ def _trainable(
     )
 
 
-def _through(scheme: Scheme) -> Callable[[Tensor], Tensor]:
-    activation = scheme.activation
-    assert activation is not None
+class _Shared:
+    """Fake quantization, done once for layers that read the same tensor by the same scheme one after another."""
 
-    def quantize(x: Tensor) -> Tensor:
-        return fake_quantize_trainable(x, activation)
+    def __init__(self) -> None:
+        self._last: tuple[Tensor, TensorScheme, Tensor] | None = None
 
-    return quantize
+    def __call__(self, x: Tensor, *, scheme: TensorScheme) -> Tensor:
+        if self._last is None or self._last[0] is not x or self._last[1] != scheme:
+            self._last = (x, scheme, fake_quantize_trainable(x, scheme))
+        return self._last[2]

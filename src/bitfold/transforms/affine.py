@@ -34,7 +34,9 @@ __all__ = ["Affine"]
 
 # σ(4) ≈ 0.982: learned clipping starts near the whole range, as in OmniQuant.
 CLIPPING_START = 4.0
-_CHECK_WINDOWS = 32
+# Of the loss at the end of an epoch, and of the choice of a precision.
+_CHECK_WINDOWS = 16
+_TRIAL_WINDOWS = 8
 _LARGEST_CHANGE = 0.02
 
 
@@ -178,9 +180,10 @@ class _Descent:
         exact_run = any(w.dtype == torch.float64 for w in problem.weights.values())
         self.low = affine.compute == "bfloat16" and not exact_run
         if affine.compute == "auto" and not exact_run:
-            exact = self._checked()
+            exact = self._checked(windows=_TRIAL_WINDOWS)
             self.low = True
-            self.low = abs(self._checked() - exact) <= _LARGEST_CHANGE * exact
+            found = self._checked(windows=_TRIAL_WINDOWS)
+            self.low = abs(found - exact) <= _LARGEST_CHANGE * exact
 
     def run(self) -> BlockFit:
         affine, state = self.affine, self.state
@@ -248,11 +251,11 @@ class _Descent:
         return lambda windows: problem.linear_loss(weights, windows, terms, low, restore)
 
     @torch.no_grad()
-    def _checked(self, *, clips: bool = True) -> float:
-        """The loss on the windows that are set apart for it."""
-        loss = self._loss(clips=clips)
-        parts = self.check.split(self.affine.batch)
-        return sum(float(loss(part)) * len(part) for part in parts) / len(self.check)
+    def _checked(self, *, clips: bool = True, windows: int = _CHECK_WINDOWS) -> float:
+        """The loss on the windows that are set apart for it, or the first so many of them."""
+        loss, check = self._loss(clips=clips), self.check[:windows]
+        parts = check.split(self.affine.batch)
+        return sum(float(loss(part)) * len(part) for part in parts) / len(check)
 
     def _back_to(self, best: list[Tensor], epoch: int) -> None:
         self.state.restore(best)
