@@ -87,7 +87,10 @@ def quantize(
         list[str] | None, typer.Option(help="key=value, e.g. weight.symmetric=true, awq.steps=40.")
     ] = None,
     calibration: Annotated[
-        list[Path] | None, typer.Option(help=".txt, .jsonl or .npy; default: an embedded text.")
+        list[Path] | None,
+        typer.Option(
+            help=".txt, .jsonl, .npy; default: an embedded text. Or generate: the model writes; or random."
+        ),
     ] = None,
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
     sequence_length: Annotated[

@@ -21,8 +21,9 @@ class Quadratic:
         self.seen: set[int] = set()
         self.passed = [0, 0]
         self.problem = DistilProblem(
-            [self.one], self.loss, self.gradient, windows, 0, lambda done, total, what: None
-        )
+            [self.one], self.loss, self.gradient, windows, 0, lambda done, total, what: None,
+            exact=True,
+        )  # fmt: skip
 
     def _distance(self, windows: Tensor) -> Tensor:
         return (self.one.value() - self.wanted[windows]).square().mean()
@@ -32,7 +33,7 @@ class Quadratic:
         with torch.no_grad():
             return float(self._distance(windows))
 
-    def gradient(self, windows: Tensor) -> float:
+    def gradient(self, windows: Tensor, low: bool) -> float:
         self.calls += 1
         self.passed[0] += len(windows)
         self.seen.update(windows.tolist())

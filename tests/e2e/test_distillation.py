@@ -77,6 +77,53 @@ def test_the_kl_falls_and_the_codes_stay(
     assert note in (tmp_path / "distilled" / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("family", "scheme"),
+    [("llama", "w2a16g32"), ("opt", "w3a16"), ("qwen3", "w2a8"), ("gemma3", "w2a16g16")],
+)
+def test_codes_move_where_they_are_asked_to_and_the_kl_falls_further(
+    family: str, scheme: str, checkpoint: Zoo, tmp_path: Path, ids: Path
+) -> None:
+    model = checkpoint(family, torch.float32)
+    settings = ["distil.epochs=8", "distil.codes=true"]
+    moved = quantize(model, tmp_path / "moved", ids, scheme=scheme, set=settings)
+    plain = quantize(model, tmp_path / "plain", ids, scheme=scheme, set=settings[:1])
+    assert moved.distillation is not None
+    assert plain.distillation is not None
+    assert moved.distillation["after"] < plain.distillation["after"]
+    assert moved.distillation["trained"]["codes"] > moved.distillation["trained"]["scales"]
+    assert "codes" not in plain.distillation["trained"]
+    bitfold.verify(tmp_path / "moved")
+    before, after = tensors(tmp_path / "plain"), tensors(tmp_path / "moved")
+    changed = {
+        name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])
+    }
+    assert changed & {"weight_packed", "weight"}
+
+
+def test_windows_of_the_model_s_own_are_trained_on_not_judged_by(
+    checkpoint: Zoo, tmp_path: Path, ids: Path
+) -> None:
+    model = checkpoint("llama", torch.float32)
+    settings = ["distil.codes=true", "distil.written=6"]
+    made = quantize(model, tmp_path / "out", ids, scheme="w2a16g32", set=settings)
+    assert made.distillation is not None
+    assert (made.distillation["held_back"], made.distillation["training"]) == (4, 34)
+    again = quantize(model, tmp_path / "again", ids, scheme="w2a16g32", set=settings)
+    assert again.distillation == made.distillation
+
+
+def test_too_many_codes_stay_and_that_is_said(checkpoint: Zoo, tmp_path: Path, ids: Path) -> None:
+    settings = ["distil.codes=true", "distil.written=6", "distil.most_codes=1000"]
+    made = quantize(
+        checkpoint("llama", torch.float32), tmp_path / "out", ids, scheme="w2a16g32", set=settings
+    )
+    assert made.distillation is not None
+    assert "codes" not in made.distillation["trained"]
+    assert made.distillation["training"] == 28
+    assert any("most_codes" in note for note in made.notes)
+
+
 def test_the_head_stays_as_a_rule_quantized_it(checkpoint: Zoo, tmp_path: Path, ids: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(

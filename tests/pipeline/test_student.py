@@ -50,7 +50,10 @@ def student_of(
         for number, tensors in enumerate(shards):
             workdir.write_tensors(f"model-{number + 1:05d}-of-{count + 1:05d}.safetensors", tensors)
         assert streams.original is not None
-        student = Student(job, workdir.path, streams.original, norms=True, biases=True)
+        assert job.stream_tokens is not None
+        options = job.plan.recipe.distillation
+        assert options is not None
+        student = Student(job, workdir.path, job.stream_tokens, streams.original, options)
     return job, student, streams.original
 
 
@@ -68,6 +71,9 @@ def whole(job: Job, student: Student, original: Tensor) -> Tensor:
         for name, tensor in block.tensors.items():
             codes = to_groups(tensor.codes, tensor.scheme)
             units = codes.to(dtype)
+            if moved := student.codes[index].get(name):
+                position = moved.value().to(dtype).reshape(codes.shape)
+                units = units + position - position.detach()  # straight through
             if tensor.zero is not None:
                 units = units - tensor.zero.to(dtype).reshape(*codes.shape[:-1], 1)
             scale = trained[f"{name}.weight"].value().reshape(*codes.shape[:-1], 1)
@@ -89,11 +95,20 @@ def whole(job: Job, student: Student, original: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("family", ["llama-biased", "qwen3", "opt", "gemma3"])
 @pytest.mark.parametrize("scheme", ["w3a16g16", "w4a4q4kv4"])
+@pytest.mark.parametrize("graphs", [0, 2**30])
 def test_gradients_are_those_of_the_whole_model(
-    family: str, scheme: str, checkpoint: Zoo, tmp_path: Path
+    family: str,
+    scheme: str,
+    graphs: int,
+    checkpoint: Zoo,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    job, student, original = student_of(checkpoint, family, scheme, tmp_path, torch.float64)
-    loss = student.gradient(WINDOWS)
+    monkeypatch.setattr("bitfold.pipeline.student._GRAPHS", graphs)
+    job, student, original = student_of(
+        checkpoint, family, scheme, tmp_path, torch.float64, "distil.codes=true"
+    )
+    loss = student.gradient(WINDOWS, False)
     mine = [one.theta.grad for one in student.trained]
     for one in student.trained:
         one.theta.grad = None
@@ -141,7 +156,7 @@ def test_gradients_pass_static_ranges(checkpoint: Zoo, tmp_path: Path) -> None:
     _, student, _ = student_of(
         checkpoint, "llama", "w4a8", tmp_path, torch.float32, "activation.static=true"
     )
-    student.gradient(WINDOWS)
+    student.gradient(WINDOWS, False)
     first = next(iter(student.blocks[0].values()))
     assert first.theta.grad is not None
     assert float(first.theta.grad.abs().max()) > 0

@@ -35,12 +35,14 @@ class Calibration:
     source   one line for people
     sha256   of the tokens' bytes (little-endian int64), for the artifact's provenance
     notes    what a user may not expect: fewer windows than asked for, the embedded text
+    data_free  whether no one wrote it: the model did, or chance
     """
 
     tokens: torch.Tensor
     source: str
     sha256: str
     notes: tuple[str, ...]
+    data_free: bool = False
 
 
 def load_calibration(

@@ -4,9 +4,10 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from pydantic import Field
 from torch import Tensor
 
-from bitfold.distillation.trained import Trained
+from bitfold.distillation.trained import Trained, TrainedCodes
 from bitfold.part import Part
 
 __all__ = ["DistilProblem", "Distillation", "Distilled"]
@@ -17,16 +18,20 @@ class DistilProblem:
     """The quantized model's distance to the original, as a function of what is trained.
 
     loss(windows): mean KL(original ‖ quantized) in nats per token on the calibration windows of these indices, as
-    loaders will compute it. gradient(windows): the same, by a pass that can be differentiated; adds its gradient to
-    every θ. windows: how many there are. seed: of everything drawn. report(done, total, what): progress.
+    loaders will compute it. gradient(windows, low): the same, by a pass that can be differentiated; adds its gradient
+    to every θ; `low` runs its matrix products in bfloat16. windows: how many there are; the last `written` of them are
+    the model's own text, to be trained on but not to judge by. exact: the run is in float64, no product may be less.
+    seed: of everything drawn. report(done, total, what): progress.
     """
 
-    trained: Sequence[Trained]
+    trained: Sequence[Trained | TrainedCodes]
     loss: Callable[[Tensor], float]
-    gradient: Callable[[Tensor], float]
+    gradient: Callable[[Tensor, bool], float]
     windows: int
     seed: int
     report: Callable[[int, int, str], None]
+    written: int = 0
+    exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,10 +50,18 @@ class Distilled:
 
 
 class Distillation(Part):
-    """Trains scales and norms of a finished model end to end; the codes stay."""
+    """Trains a finished model end to end: its scales, and what else these say.
+
+    norms, biases: those that the model has. codes: of the weights, too, on integer grids. most_codes: of a model that
+    has more of them they stay, because training one takes 16 bytes. written: so many windows that the model writes
+    itself, beginning as the calibration's do, are trained on beside them; none where codes stay for being too many.
+    """
 
     norms: bool = True
     biases: bool = True
+    codes: bool = False
+    most_codes: int = Field(default=2**29, ge=0)
+    written: int = Field(default=0, ge=0)
 
     @abstractmethod
     def fit(self, problem: DistilProblem) -> Distilled:

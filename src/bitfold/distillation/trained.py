@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from bitfold.numerics.trainable_scale import as_stored
+from bitfold.numerics import TensorScheme
+from bitfold.numerics.trainable_scale import as_stored, nearest_codes
 
-__all__ = ["Trained"]
+__all__ = ["Trained", "TrainedCodes"]
 
 _LEAST_REACH = 0.1
 _FARTHEST = 0.9
@@ -40,3 +41,26 @@ class Trained:
     def bound(self) -> None:
         """Bring θ back into its bounds, after a step. What is not a number stays so."""
         self.theta.clamp_(-_FARTHEST, _FARTHEST)
+
+
+class TrainedCodes:
+    """Codes [out, in] that may move by one: start + θ is where a weight stands between the codes, |θ| ≤ 1."""
+
+    def __init__(self, start: Tensor, scheme: TensorScheme) -> None:
+        """start: codes of an integer grid."""
+        self.start, self._scheme = start, scheme
+        self.theta = torch.zeros(start.shape, device=start.device, requires_grad=True)
+
+    def value(self) -> Tensor:
+        """Positions, float32; differentiable in θ."""
+        return self.start + self.theta
+
+    @torch.no_grad()
+    def stored(self) -> Tensor:
+        """The codes, int8."""
+        return nearest_codes(self.value(), self._scheme)
+
+    @torch.no_grad()
+    def bound(self) -> None:
+        """Bring θ back into its bounds, after a step. What is not a number stays so."""
+        self.theta.clamp_(-1, 1)

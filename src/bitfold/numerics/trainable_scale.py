@@ -1,20 +1,23 @@
-"""Scales that are trained while the codes stay: exactly the values that loaders compute, differentiable in the scales.
+"""Scales that are trained, with the codes or without them: exactly the values that loaders compute, differentiable.
 
     x̂ = s · (q − z)        dL/ds = Σ over the group of dL/dx̂ · (q − z)
+    q = clamp(round(p))    dL/dp = s · dL/dx̂ inside the grid, 0 outside
 
-s is rounded to the dtype of storage before, and the gradient is passed straight through that rounding. Nothing but the
-codes is kept for the backward pass.
+s is rounded to the dtype of storage before, and a position p between the codes to one of them; the gradient is passed
+straight through both roundings.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bitfold.numerics.quantize import dequantize, from_groups, to_groups
+from bitfold.numerics.scheme import TensorScheme
 from bitfold.numerics.tensor import QuantizedTensor
 
-__all__ = ["as_stored", "dequantize_trainable"]
+__all__ = ["as_stored", "dequantize_trainable", "nearest_codes"]
 
 
 def as_stored(x: Tensor, storage: torch.dtype) -> Tensor:
@@ -24,15 +27,25 @@ def as_stored(x: Tensor, storage: torch.dtype) -> Tensor:
 
 
 def dequantize_trainable(
-    tensor: QuantizedTensor, scale: Tensor, computed_in: torch.dtype, dtype: torch.dtype
+    tensor: QuantizedTensor,
+    scale: Tensor,
+    computed_in: torch.dtype,
+    dtype: torch.dtype,
+    position: Tensor | None = None,
 ) -> Tensor:
     """The weight [out, in] in `dtype` of the codes with other scales [out, groups], differentiable in the scales.
 
     scale: values that the dtype of the tensor's own scales holds exactly (`as_stored`). computed_in: the dtype in which
-    loaders multiply. The result is `QuantizedTensor.dequantize(computed_in).to(dtype)` to the bit.
+    loaders multiply. position: of every weight between the codes [out, in], differentiable; None: the codes stay.
+    The result is `QuantizedTensor.dequantize(computed_in).to(dtype)` to the bit.
     """
-    values: Tensor = _Dequantize.apply(scale, tensor, computed_in, dtype)
+    values: Tensor = _Dequantize.apply(scale, position, tensor, computed_in, dtype)
     return values
+
+
+def nearest_codes(position: Tensor, scheme: TensorScheme) -> Tensor:
+    """The codes of an integer grid nearest to positions between them, int8."""
+    return position.detach().round().clamp_(scheme.qmin, scheme.qmax).to(torch.int8)
 
 
 class _AsStored(torch.autograd.Function):
@@ -50,11 +63,15 @@ class _Dequantize(torch.autograd.Function):
     def forward(
         ctx: Any,
         scale: Tensor,
+        position: Tensor | None,
         tensor: QuantizedTensor,
         computed_in: torch.dtype,
         dtype: torch.dtype,
     ) -> Tensor:
-        ctx.tensor, ctx.like = tensor, scale
+        if position is not None:
+            tensor = replace(tensor, codes=nearest_codes(position, tensor.scheme))
+        ctx.tensor = tensor
+        ctx.save_for_backward(scale, position)
         stored = scale.to(tensor.scale.dtype)
         changed = QuantizedTensor(tensor.codes, stored, tensor.zero, tensor.scheme)
         return changed.dequantize(computed_in).to(dtype)
@@ -63,10 +80,19 @@ class _Dequantize(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         tensor: QuantizedTensor = ctx.tensor
-        like: Tensor = ctx.like
+        like, position = ctx.saved_tensors
         codes = to_groups(tensor.codes, tensor.scheme)
         one = like.new_ones((*codes.shape[:-1], 1))
         zero = None if tensor.zero is None else tensor.zero.reshape(one.shape)
         units = from_groups(dequantize(codes, one, zero, tensor.scheme), tensor.shape)
-        by_group = to_groups(units.mul_(gradient.to(like.dtype)), tensor.scheme)
-        return by_group.sum(dim=-1).reshape(like.shape), None, None, None
+        gradient = gradient.to(like.dtype)
+        by_group = to_groups(units.mul_(gradient), tensor.scheme)
+        on_scale = by_group.sum(dim=-1).reshape(like.shape)
+        if position is None:
+            return on_scale, None, None, None, None
+        scheme = tensor.scheme
+        inside = torch.ops.aten.hardtanh_backward(
+            gradient, position.to(gradient.dtype), scheme.qmin - 0.5, scheme.qmax + 0.5
+        )
+        groups = to_groups(inside, scheme) * like.reshape(one.shape)
+        return on_scale, from_groups(groups, tensor.shape), None, None, None

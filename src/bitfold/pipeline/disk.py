@@ -62,7 +62,7 @@ def working_bytes(job: Job) -> int:
 
 
 def _learning_bytes(job: Job) -> int:
-    """Scales and what has one dimension, all of it changed; and the largest shard, at most."""
+    """Scales and what has one dimension, all of it changed, codes where they may be; and the largest shard."""
     skeleton = job.skeleton
     learned, outer, outside = 0, 0, set(skeleton.outer_parameters)
     for name, source in skeleton.sources.items():
@@ -75,6 +75,9 @@ def _learning_bytes(job: Job) -> int:
             learned += groups * job.plan.storage.itemsize
         if name in outside:
             outer += info.nbytes
+    options = job.plan.recipe.distillation
+    if options is not None and options.codes:
+        learned = artifact_bytes(job)
     names = len(skeleton.sources) * TEXT_OF_A_TENSOR
     return learned + names + max(outer, artifact_bytes(job) // len(skeleton.blocks))
 

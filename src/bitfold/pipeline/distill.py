@@ -8,25 +8,31 @@ again, and a kill after it puts the same tensors into them again.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bitfold.distillation import DistilProblem
+from bitfold.data.data_free import write_windows
+from bitfold.distillation import Distillation, DistilProblem
 from bitfold.export.artifact import shard_name, tensor_sums
 from bitfold.pipeline.block import run_quantized
 from bitfold.pipeline.job import Job
 from bitfold.pipeline.outer import outer_tensors, outer_weights
 from bitfold.pipeline.shards import block_from_tensors, block_tensors, check_shard
-from bitfold.pipeline.streams import Streams
+from bitfold.pipeline.streams import Streams, advance
 from bitfold.pipeline.student import Student
 from bitfold.pipeline.workdir import Workdir
+from bitfold.runtime.load import load
 
 __all__ = ["learn", "put_in"]
 
 Report = Callable[[int, int, str], None]
+
+# Tokens of a calibration window with which the original begins a window of its own.
+BEGINNING = 16
 
 
 def learn(job: Job, workdir: Workdir, streams: Streams, report: Report) -> None:
@@ -34,27 +40,68 @@ def learn(job: Job, workdir: Workdir, streams: Streams, report: Report) -> None:
 
     streams: after the last block.
     """
-    options = job.plan.recipe.distillation
-    assert options is not None
-    assert streams.original is not None
-    student = Student(
-        job, workdir.path, streams.original, norms=options.norms, biases=options.biases
-    )
+    options, notes = _within_reach(job, workdir)
+    tokens, original = _material(job, streams, options.written, report)
+    student = Student(job, workdir.path, tokens, original, options)
     problem = DistilProblem(
         trained=student.trained,
         loss=student.loss,
         gradient=student.gradient,
-        windows=streams.original.shape[0],
+        windows=tokens.shape[0],
+        written=options.written,
+        exact=job.dtype == torch.float64,
         seed=job.plan.recipe.seed * 10_007 + 5_003,
         report=report,
     )
     found = options.fit(problem)
     learned = _learned_tensors(job, workdir, student)
-    entry = asdict(found) | {"notes": list(found.notes), "trained": _trained(student)}
+    entry = asdict(found) | {"notes": [*notes, *found.notes], "trained": _trained(student)}
     # JSON has no numbers that are not finite.
     entry |= {key: entry[key] if math.isfinite(entry[key]) else None for key in ("before", "after")}
     entry["note"] = _sentence(entry)
     workdir.finish_distillation(entry | {"sums": tensor_sums(learned)}, learned)
+
+
+def _within_reach(job: Job, workdir: Workdir) -> tuple[Distillation, list[str]]:
+    """The recipe's distillation, its codes left alone where they are too many; and what the user should read."""
+    options = job.plan.recipe.distillation
+    assert options is not None
+    count = sum(block["weights"] for block in workdir.blocks)
+    if not options.codes or count <= options.most_codes:
+        return options, []
+    note = (
+        f"distillation: the codes stay, because {count:,} are more than distil.most_codes={options.most_codes:,} "
+        "(training one takes 16 bytes of memory)"
+    )
+    return options.model_copy(update={"codes": False, "written": 0}), [note]
+
+
+@torch.no_grad()
+def _material(job: Job, streams: Streams, written: int, report: Report) -> tuple[Tensor, Tensor]:
+    """Token ids [windows, length] to learn from, and what the original's last block gives for them: the calibration's,
+    and after them so many windows that the original writes itself."""
+    skeleton, given = job.skeleton, job.stream_tokens
+    assert given is not None
+    assert streams.original is not None
+    if not written:
+        return given, streams.original
+    begun = given[torch.arange(written) % given.shape[0], :BEGINNING]
+    # Text may be drawn from bfloat16's probabilities as well: what is learned of it comes from the run's own dtype.
+    dtype = job.dtype if job.dtype == torch.float64 else torch.bfloat16
+    model = load(skeleton.checkpoint.path, device=skeleton.device, dtype=dtype)
+    own = write_windows(
+        model,
+        given.shape[1],
+        job.plan.recipe.seed,
+        lambda done, total: report(done, total, "the original writes text"),
+        begun,
+    )
+    del model
+    hidden = skeleton.embed(skeleton.load_outer(job.dtype), own.to(skeleton.device)).cpu()
+    for index in range(len(skeleton.blocks)):
+        weights = skeleton.load_block(index, job.dtype)
+        advance(hidden, partial(skeleton.run, index, weights), skeleton.device)
+    return torch.cat([given, own]), torch.cat([streams.original, hidden])
 
 
 def put_in(job: Job, workdir: Workdir, learned: Mapping[str, Tensor], report: Report) -> Tensor:
@@ -101,12 +148,13 @@ def _trained(student: Student) -> dict[str, int]:
     """How many numbers of each kind were trained."""
     counts = {"scales": 0, "norms": 0, "biases": 0}
     for name, one in student.named():
-        counts[name] += one.theta.numel()
+        counts[name] = counts.get(name, 0) + one.theta.numel()
     return counts
 
 
 def _sentence(entry: Mapping[str, Any]) -> str:
     counts = ", ".join(f"{count:,} {kind}" for kind, count in entry["trained"].items() if count)
+    stay = "zero-points stay" if "codes" in entry["trained"] else "codes and zero-points stay"
     if entry["before"] is None:
         return f"Distillation ({counts}) changed nothing, because the KL is not finite."
     if entry["kept"] == 0:
@@ -115,6 +163,6 @@ def _sentence(entry: Mapping[str, Any]) -> str:
             "windows: nothing was changed."
         )
     return (
-        f"Distilled ({counts}; codes and zero-points stay): KL on {entry['held_back']} held-back windows "
+        f"Distilled ({counts}; {stay}): KL on {entry['held_back']} held-back windows "
         f"{entry['before']:.4f} → {entry['after']:.4f}, the state after step {entry['kept']} of {entry['steps']}."
     )

@@ -1,6 +1,6 @@
 """Before the first block: everything a run needs is found, checked and settled."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,23 +9,32 @@ import torch
 from torch import Tensor
 
 from bitfold.data import (
+    GENERATE,
+    RANDOM,
     Calibration,
     check_samples,
     check_sequence_length,
     default_sequence_length,
+    generated_windows,
     load_calibration,
+    random_windows,
 )
 from bitfold.errors import DataError, OutputError, RecipeError
 from bitfold.models.checkpoint import Checkpoint
 from bitfold.models.skeleton import Skeleton
 from bitfold.pipeline.plan import Plan, make_plan
 from bitfold.pipeline.request import request_hash
-from bitfold.pipeline.streams import PROBE_LENGTH, PROBE_WINDOWS, Streams
+from bitfold.pipeline.streams import (
+    DATA_FREE_PROBE_LENGTH,
+    PROBE_LENGTH,
+    PROBE_WINDOWS,
+    Streams,
+)
 from bitfold.pipeline.turned import skeleton_for
 from bitfold.recipe import Recipe
 from bitfold.runtime.checkpoint import find_checkpoint
 from bitfold.runtime.device import resolve_device, resolve_dtype
-from bitfold.runtime.load import load_tokenizer
+from bitfold.runtime.load import load, load_tokenizer
 
 __all__ = ["Job", "prepare", "read_calibration", "with_allocation"]
 
@@ -86,8 +95,11 @@ def prepare(
     sequence_length: int | None,
     device: str | torch.device,
     dtype: str | torch.dtype,
+    report: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> Job:
     """Find the checkpoint and the text, and hold everything against everything before weights are read.
+
+    report(0, blocks, what): progress where the model writes its own calibration.
 
     Raises a BitfoldError, one clear sentence, for the first thing that cannot be.
     """
@@ -103,7 +115,12 @@ def prepare(
     check_samples(samples)
     data = None
     if recipe.calibrates or calibration:
-        data = read_calibration(skeleton, calibration, samples, length, recipe.seed)
+        blocks = len(skeleton.blocks)
+
+        def say(done: int, total: int) -> None:
+            report(0, blocks, f"the model writes its calibration ({done} of {total} tokens)")
+
+        data = read_calibration(skeleton, calibration, samples, length, recipe.seed, compute, say)
         _check_windows(recipe, data)
     _check_trained(skeleton, plan)
     return Job(
@@ -121,9 +138,29 @@ def prepare(
 
 
 def read_calibration(
-    skeleton: Skeleton, files: Sequence[Path], samples: int, length: int, seed: int
+    skeleton: Skeleton,
+    files: Sequence[Path],
+    samples: int,
+    length: int,
+    seed: int,
+    dtype: torch.dtype,
+    report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Calibration:
-    """Windows of calibration text, cut by the tokenizer of the checkpoint; DataError where there are none to be had."""
+    """Windows of calibration text, cut by the tokenizer of the checkpoint; or, for `generate` and `random` in place of
+    files, of the model's own text or of none. DataError where there are none to be had.
+
+    dtype: in which the model writes, whole in memory; report(done, total): how far it is.
+    """
+    words = [str(file) for file in files if str(file) in (GENERATE, RANDOM)]
+    if words and len(files) > 1:
+        raise DataError(
+            f"--calibration {words[0]} stands for itself: leave the other calibration files out."
+        )
+    if words == [RANDOM]:
+        return random_windows(samples, length, skeleton.config.vocab_size, seed)
+    if words == [GENERATE]:
+        model = load(skeleton.checkpoint.path, device=skeleton.device, dtype=dtype)
+        return generated_windows(model, samples, length, seed, report)
     needs_tokenizer = not files or any(file.suffix.lower() != ".npy" for file in files)
     return load_calibration(
         files,
@@ -190,7 +227,14 @@ def _window_length(skeleton: Skeleton, asked: int | None) -> int:
 
 
 def _probe_tokens(skeleton: Skeleton, calibration: Calibration | None) -> Tensor:
-    """Token ids [windows, length] of the probe: the first calibration windows, or random ones without text."""
+    """Token ids [windows, length] of the probe: the first calibration windows, or random ones without text.
+
+    For a calibration without data a window of real text and one of its own: the report tells one from the other.
+    """
+    if calibration is not None and calibration.data_free:
+        own = calibration.tokens[:1, :DATA_FREE_PROBE_LENGTH]
+        real = read_calibration(skeleton, [], 1, own.shape[1], 0, torch.float32)
+        return torch.cat([real.tokens, own])
     if calibration is not None:
         return calibration.tokens[:PROBE_WINDOWS, :PROBE_LENGTH].clone()
     limit = getattr(skeleton.config, "max_position_embeddings", PROBE_LENGTH)

@@ -99,4 +99,5 @@ def probe_report(tokens: Tensor, logits: Tensor, original: Tensor) -> dict[str, 
         "tokens": statistics.nll.numel(),
         "kl_mean": mean_and_error(statistics.kl.unsqueeze(0))[0],
         "top1_agreement": mean_and_error(statistics.agree.unsqueeze(0))[0],
+        "kl_by_window": statistics.kl.unflatten(0, (len(tokens), -1)).mean(dim=1).tolist(),
     }

@@ -29,14 +29,14 @@ def block_problem(
 ) -> BlockProblem:
     """The problem of block `index` with these weights (already rewritten by earlier transforms, not rounded).
 
-    f(X), and f(X̂) when the loss asks for it, are computed once and kept.
+    f(X) is what the original gives; it, and f(X̂) when the loss asks for it, are computed once and kept.
     """
     assert streams.original is not None
     assert streams.quantized is not None
     given, device = streams.quantized, skeleton.device
     given_weights = {name: value.to(given.dtype) for name, value in weights.items()}
     schemes = plan.block_schemes(skeleton.block_name(index))
-    targets: dict[str, Tensor] = {}
+    targets: dict[str, Tensor] = {} if streams.ahead is None else {"original": streams.ahead}
 
     def target(term: str, stream: Tensor) -> Tensor:
         if term not in targets:

@@ -90,10 +90,23 @@ def _report(job: Job, workdir: Workdir, distance: dict[str, Any]) -> dict[str, A
         "layers": [layer for block in blocks for layer in block["layers"]],
         "notes": [
             *job.notes,
+            *_data_free(job, distance),
             *(note for block in blocks for note in block["notes"]),
             *([] if found is None else [found["note"], *found["notes"]]),
         ],
     }
+
+
+def _data_free(job: Job, distance: dict[str, Any]) -> list[str]:
+    """What it cost that no real text was calibrated on."""
+    if job.calibration is None or not job.calibration.data_free:
+        return []
+    real, own = distance["kl_by_window"]
+    length = job.probe.shape[1]
+    return [
+        f"Calibrated without text, on {job.calibration.source}: the KL on {length} tokens of real text (the embedded "
+        f"excerpt) is {real:.4f}, on as many of its own {own:.4f}; with text of your use it may be lower."
+    ]
 
 
 def _without(entry: dict[str, Any], *keys: str) -> dict[str, Any]:

@@ -67,7 +67,8 @@ def quantize(
     """Quantize a checkpoint into the directory `out`.
 
     model: a local directory, or a name on the hub. method, scheme, set, ignore, seed: as in `Recipe.make`; recipe: a
-    finished `Recipe`, or a file. calibration: .txt, .jsonl or .npy files; without any the embedded text is used.
+    finished `Recipe`, or a file. calibration: .txt, .jsonl or .npy files; without any the embedded text is used;
+    `generate` lets the model write its own, `random` draws tokens.
     dtype: in which the calibration and the simulation run (`auto`: float32 on the CPU). A killed run goes on where it
     was unless `resume` is false. With `dry_run` nothing is written and an `Estimate` comes back.
 
@@ -97,6 +98,7 @@ def quantize(
         sequence_length=sequence_length,
         device=device,
         dtype=dtype,
+        report=report,
     )
     if budget is not None:
         job = allocate(job, budget, mixed or Mixed(), files, keep=not dry_run, report=report)

@@ -177,7 +177,7 @@ def make_search(
         )
     positions = getattr(skeleton.config, "max_position_embeddings", mixed.length)
     length = min(mixed.length, positions)
-    text = read_calibration(skeleton, files, mixed.windows, length, recipe.seed)
+    text = read_calibration(skeleton, files, mixed.windows, length, recipe.seed, dtype)
     search = Search(skeleton, plan, {}, text, dtype, "")
     choices = {group: _fitting(search, group, offered) for group in groups}
     return Search(skeleton, plan, choices, text, dtype, _key(search, choices))

@@ -24,18 +24,27 @@ def step(
     Raises CheckpointError where a block's output is not finite: at the block, not hours later at the logits.
     """
     skeleton = job.skeleton
-    block = quantize_block(skeleton, index, job.plan, streams, job.dtype, report)
-    run = run_quantized(skeleton, index, block, job.dtype)
-    original = skeleton.load_block(index, job.dtype)
 
     def run_original(hidden: Tensor) -> Tensor:
         return skeleton.run(index, original, hidden)
+
+    if streams.original is not None and "loss" in job.plan.recipe.needs:
+        original = skeleton.load_block(index, job.dtype)
+        streams.ahead = streams.original.clone()
+        with torch.no_grad():
+            advance(streams.ahead, run_original, skeleton.device)
+        del original
+    block = quantize_block(skeleton, index, job.plan, streams, job.dtype, report)
+    run = run_quantized(skeleton, index, block, job.dtype)
+    original = skeleton.load_block(index, job.dtype)
 
     advance(streams.probe_quantized, run, skeleton.device)
     advance(streams.probe_original, run_original, skeleton.device)
     if streams.quantized is not None:
         advance(streams.quantized, run, skeleton.device)
-    if streams.original is not None:
+    if streams.ahead is not None:
+        streams.original, streams.ahead = streams.ahead, None
+    elif streams.original is not None:
         advance(streams.original, run_original, skeleton.device)
     name = skeleton.block_name(index)
     refuse_nonfinite(streams.probe_original, f"{name} of the original model", job)

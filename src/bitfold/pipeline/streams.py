@@ -20,16 +20,21 @@ __all__ = ["TOKENS_PER_BATCH", "Streams", "advance", "batches"]
 TOKENS_PER_BATCH = 2048
 PROBE_WINDOWS = 2
 PROBE_LENGTH = 64
+DATA_FREE_PROBE_LENGTH = 256
 
 
 @dataclass
 class Streams:
-    """Hidden states [windows, length, hidden]; the calibration streams are None where they are not needed."""
+    """Hidden states [windows, length, hidden]; the calibration streams are None where they are not needed.
+
+    ahead: `original` one block further, while a block is held against it; None in between.
+    """
 
     probe_original: Tensor
     probe_quantized: Tensor
     original: Tensor | None
     quantized: Tensor | None
+    ahead: Tensor | None = None
 
     @classmethod
     def start(

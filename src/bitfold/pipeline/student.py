@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bitfold.distillation import Trained
+from bitfold.distillation import Distillation, Trained, TrainedCodes
 from bitfold.export.artifact import shard_name
 from bitfold.numerics import TensorScheme, fake_quantize_dynamic
 from bitfold.numerics.straight_through import fake_quantize_trainable
@@ -34,6 +34,10 @@ __all__ = ["Student"]
 _KEPT = 2**28
 # So many logits are held at once.
 _LOGITS = 2**24
+# The graphs of all blocks are kept where they take about so many bytes; else each block is run once more.
+_GRAPHS = 2**30
+# Bytes that a block's graph keeps of a token, in hidden states: about, for the choice only.
+_STATES = 256
 
 
 class Student:
@@ -44,15 +48,12 @@ class Student:
     """
 
     def __init__(
-        self, job: Job, path: Path, original: Tensor, *, norms: bool, biases: bool
+        self, job: Job, path: Path, tokens: Tensor, original: Tensor, options: Distillation
     ) -> None:
-        """original: what the original's last block gives for the calibration windows [windows, length, hidden].
-
-        norms, biases: train those too.
+        """tokens: ids [windows, length] to learn from; original: what the original's last block gives for them
+        [windows, length, hidden]. options: say what is trained beside the scales.
         """
-        assert job.stream_tokens is not None
-        self._job, self._path, self._original = job, path, original
-        self._tokens = job.stream_tokens
+        self._job, self._path, self._tokens, self._original = job, path, tokens, original
         self._kept: dict[int, QuantizedBlock] = {}
         self._kept_weights = 0
         self._teacher = job.skeleton.load_outer(job.dtype)
@@ -62,9 +63,10 @@ class Student:
             self._outer = outer_weights(job.plan, stored, job.dtype)
 
         def wanted(name: str, value: Tensor) -> bool:
-            return value.ndim == 1 and (biases if _of_linear(name, job) else norms)
+            return value.ndim == 1 and (options.biases if _of_linear(name, job) else options.norms)
 
         self.blocks: list[dict[str, Trained]] = []
+        self.codes: list[dict[str, TrainedCodes]] = []
         for index in range(len(job.skeleton.blocks)):
             block = self._block(index)
             trained = {
@@ -77,17 +79,26 @@ class Student:
                 if wanted(name, value)
             }
             self.blocks.append(trained)
+            self.codes.append(
+                {
+                    name: TrainedCodes(tensor.codes, tensor.scheme)
+                    for name, tensor in block.tensors.items()
+                    if options.codes and tensor.scheme.grid == "int"
+                }
+            )
         names = [name for name, value in self._outer.items() if value.ndim == 1]
-        stored = job.skeleton.load_outer(names=names) if names and norms else {}
+        stored = job.skeleton.load_outer(names=names) if names and options.norms else {}
         self.outer = {name: Trained(value, positive=False) for name, value in stored.items()}
 
     @property
-    def trained(self) -> list[Trained]:
+    def trained(self) -> list[Trained | TrainedCodes]:
         """All that is trained, in the order of the model."""
         return [one for _, one in self.named()]
 
-    def named(self) -> Iterator[tuple[str, Trained]]:
-        """The same, each with its kind: `scales`, `norms` or `biases`."""
+    def named(self) -> Iterator[tuple[str, Trained | TrainedCodes]]:
+        """The same, each with its kind: `scales`, `norms`, `biases` or `codes`."""
+        for codes in self.codes:
+            yield from (("codes", one) for one in codes.values())
         for block in self.blocks:
             for name, one in block.items():
                 of_linear = _of_linear(name, self._job)
@@ -99,8 +110,13 @@ class Student:
     def learned_block(self, index: int) -> QuantizedBlock:
         """Block `index` as it is to be stored now."""
         block, trained = self._block(index), self.blocks[index]
+        codes = self.codes[index]
         tensors = {
-            name: replace(tensor, scale=trained[f"{name}.weight"].stored())
+            name: replace(
+                tensor,
+                scale=trained[f"{name}.weight"].stored(),
+                codes=codes[name].stored() if name in codes else tensor.codes,
+            )
             for name, tensor in block.tensors.items()
         }
         plain = {
@@ -119,30 +135,43 @@ class Student:
             total += self._head_loss(hidden, part)
         return total / (len(windows) * self._tokens.shape[1])
 
-    def gradient(self, windows: Tensor) -> float:
+    def gradient(self, windows: Tensor, low: bool) -> float:
         """The same; its gradient is added to every θ. The sum is taken back, not the mean, that half precision does
-        not lose it."""
+        not lose it. low: matrix products in bfloat16."""
         count = len(windows) * self._tokens.shape[1]
-        with torch.no_grad():
-            given = self._forward(windows)
-        total, backward = self._head_gradient(given.pop(), windows)
-        for index in reversed(range(len(self.blocks))):
-            backward = self._block_gradient(index, given.pop(), backward)
+        with torch.autocast(self._job.skeleton.device.type, torch.bfloat16, enabled=low):
+            total = self._gradient(windows)
         for one in self.trained:
             if one.theta.grad is not None:
                 one.theta.grad /= count
         return total / count
+
+    def _gradient(self, windows: Tensor) -> float:
+        """The summed KL; adds its gradient to every θ."""
+        blocks, tokens = len(self.blocks), windows.numel() * self._tokens.shape[1]
+        runs: list[_Run] = []
+        if tokens * blocks * self._original.shape[-1] * _STATES <= _GRAPHS:
+            hidden = self._embedded(windows)
+            for index in range(blocks):
+                runs.append(self._run_with_graph(index, hidden))
+                hidden = runs[-1].output
+            total, backward = self._head_gradient(hidden, windows)
+            while runs:
+                backward = runs.pop().take_back(backward)
+            return total
+        with torch.no_grad():
+            given = self._forward(windows)
+        total, backward = self._head_gradient(given.pop(), windows)
+        for index in reversed(range(blocks)):
+            backward = self._run_with_graph(index, given.pop()).take_back(backward)
+        return total
 
     # -- forward -----------------------------------------------------------------------------------
 
     def _forward(self, windows: Tensor) -> list[Tensor]:
         """What each block is given, and what the last one gives, [windows, length, hidden] each, on the CPU."""
         skeleton, dtype = self._job.skeleton, self._job.dtype
-        parts = [
-            skeleton.embed(self._outer, part.to(skeleton.device)).cpu()
-            for part in batches(self._tokens[windows])
-        ]
-        states = [torch.cat(parts)]
+        states = [self._embedded(windows)]
         for index in range(len(self.blocks)):
             block = self._block(index)
             weights = self._weights(index, block)
@@ -154,9 +183,17 @@ class Student:
             states.append(torch.cat(parts))
         return states
 
+    def _embedded(self, windows: Tensor) -> Tensor:
+        skeleton = self._job.skeleton
+        parts = [
+            skeleton.embed(self._outer, part.to(skeleton.device)).cpu()
+            for part in batches(self._tokens[windows])
+        ]
+        return torch.cat(parts)
+
     def _weights(self, index: int, block: QuantizedBlock) -> dict[str, Tensor]:
         """The block's parameters once loaded; differentiable in what is trained."""
-        dtype, trained = self._job.dtype, self.blocks[index]
+        dtype, trained, codes = self._job.dtype, self.blocks[index], self.codes[index]
         weights = {
             name: (trained[name].value() if name in trained else value).to(dtype)
             for name, value in block.plain.items()
@@ -164,7 +201,11 @@ class Student:
         for name, tensor in block.tensors.items():
             scale = trained[f"{name}.weight"].value()
             weights[f"{name}.weight"] = dequantize_trainable(
-                tensor, scale, block.unpacked_in or dtype, dtype
+                tensor,
+                scale,
+                block.unpacked_in or dtype,
+                dtype,
+                codes[name].value() if name in codes else None,
             )
         return weights
 
@@ -182,22 +223,20 @@ class Student:
 
     # -- backward ----------------------------------------------------------------------------------
 
-    def _block_gradient(self, index: int, given: Tensor, backward: Tensor) -> Tensor:
-        """Gradient with respect to what the block was given, from that of what it gave; adds to the block's θ."""
+    def _run_with_graph(self, index: int, given: Tensor) -> "_Run":
+        """The block run on hidden states [windows, length, hidden], ready to be taken back."""
         skeleton, dtype = self._job.skeleton, self._job.dtype
         block = self._block(index)
         inputs = {name: _through(quantizer) for name, quantizer in block.inputs.items()}
         with torch.enable_grad():
             weights = self._weights(index, block)
             leaves, gather = _leaves(weights)
-            found = []
+            parts = []
             with self._quantizing(index, block, inputs, fake_quantize_trainable):
-                for part, gradient in zip(batches(given), batches(backward), strict=True):
+                for part in batches(given):
                     hidden = part.to(skeleton.device, dtype).requires_grad_()
-                    output = skeleton.run(index, leaves, hidden)
-                    found.append(gather(output, gradient.to(output), hidden).cpu())
-            gather.finish()
-        return torch.cat(found)
+                    parts.append((hidden, skeleton.run(index, leaves, hidden)))
+        return _Run(parts, gather)
 
     def _head_gradient(self, hidden: Tensor, windows: Tensor) -> tuple[float, Tensor]:
         """The summed KL of what the last block gave, and its gradient; adds to the outer θ."""
@@ -263,6 +302,27 @@ class Student:
             self._kept[index] = block
             self._kept_weights += size
         return block
+
+
+class _Run:
+    """A block that was run with a graph: pieces of a batch, [windows, length, hidden] each, in and out."""
+
+    def __init__(self, parts: list[tuple[Tensor, Tensor]], gather: "_Gather") -> None:
+        self._parts, self._gather = parts, gather
+
+    @property
+    def output(self) -> Tensor:
+        """What the block gave, on the CPU."""
+        return torch.cat([output.detach().cpu() for _, output in self._parts])
+
+    def take_back(self, backward: Tensor) -> Tensor:
+        """Gradient with respect to what the block was given, from that of what it gave; adds to the block's θ."""
+        found = [
+            self._gather(output, gradient.to(output), hidden).cpu()
+            for (hidden, output), gradient in zip(self._parts, batches(backward), strict=True)
+        ]
+        self._gather.finish()
+        return torch.cat(found)
 
 
 class _Gather:

@@ -28,8 +28,8 @@ from bitfold.rounding.rounding import Layer, Rounded
 
 __all__ = ["Signround"]
 
-_CHECK_WINDOWS = 32
-_CHECKS = 10
+_CHECK_WINDOWS = 16
+_CHECKS = 5
 _LARGEST_CHANGE = 0.02
 
 

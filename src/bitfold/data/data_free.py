@@ -1,0 +1,126 @@
+"""Calibration without data: windows that the model writes itself, or random tokens.
+
+Written as LLM-QAT does (Liu et al. 2023, arXiv 2305.17888): the first token is drawn from the whole vocabulary, the
+next few are the likeliest, which makes of it the start of something plausible, and all after them are drawn from the
+model's own distribution.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from bitfold.data.calibration import Calibration, check_samples
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["GENERATE", "RANDOM", "generated_windows", "random_windows", "write_windows"]
+
+GENERATE, RANDOM = "generate", "random"
+LIKELIEST = 4
+WINDOWS_AT_ONCE = 64
+
+
+def random_windows(samples: int, length: int, vocab_size: int, seed: int) -> Calibration:
+    """Tokens drawn evenly from the vocabulary: what a method makes of no knowledge at all."""
+    check_samples(samples)
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, vocab_size, (samples, length), generator=generator)
+    return _calibration(tokens, f"{samples} windows of {length} random tokens, seed {seed}")
+
+
+def generated_windows(
+    model: PreTrainedModel,
+    samples: int,
+    length: int,
+    seed: int,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> Calibration:
+    """Text of the model's own, [samples, length] tokens; see `write_windows`."""
+    check_samples(samples)
+    generator = torch.Generator().manual_seed(seed)
+    vocab_size = model.config.get_text_config().vocab_size
+    allowed = torch.ones(vocab_size)
+    allowed[_marks(model, vocab_size)] = 0
+    begun = torch.multinomial(allowed, samples, replacement=True, generator=generator).unsqueeze(1)
+    tokens = write_windows(model, length, seed, report, begun, likeliest=LIKELIEST)
+    return _calibration(
+        tokens, f"{samples} windows of {length} tokens that the model wrote itself, seed {seed}"
+    )
+
+
+@torch.no_grad()
+def write_windows(
+    model: PreTrainedModel,
+    length: int,
+    seed: int,
+    report: Callable[[int, int], None],
+    begun: Tensor,
+    *,
+    likeliest: int = 0,
+) -> Tensor:
+    """Windows [samples, length] that begin with the tokens `begun` [samples, n]; the rest is the model's.
+
+    likeliest: so many tokens are the likeliest, all after them drawn from the model's distribution; the same on the
+    same device for the same seed. Tokens that mark the beginning or end of a text are never drawn, as windows of real
+    text hold none. report(done, total): after every batch of windows.
+    """
+    generator = torch.Generator().manual_seed(seed + 1)
+    marks = _marks(model, model.config.get_text_config().vocab_size)
+    written: list[Tensor] = []
+    for part in begun.split(WINDOWS_AT_ONCE):
+        written.append(_write(model, part[:, :length], length, generator, marks, likeliest))
+        report(sum(map(len, written)), len(begun))
+    return torch.cat(written)
+
+
+def _write(
+    model: PreTrainedModel,
+    begun: Tensor,
+    length: int,
+    generator: torch.Generator,
+    marks: list[int],
+    likeliest: int,
+) -> Tensor:
+    """Token by token. Draws are made on the CPU, by one generator wherever the model is."""
+    last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
+    options = {"use_cache": True} | ({"logits_to_keep": 1} if last_only else {})
+    newest, written, cache = begun, [begun], None
+    start = begun.shape[1]
+    for position in range(start, length):
+        output = model(input_ids=newest.to(model.device), past_key_values=cache, **options)
+        cache = output.past_key_values
+        logits = output.logits[:, -1].float().cpu()
+        logits[:, marks] = -torch.inf
+        if position < start + likeliest:
+            newest = logits.argmax(dim=-1, keepdim=True)
+        else:
+            newest = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
+        written.append(newest)
+    return torch.cat(written, dim=1)
+
+
+def _marks(model: PreTrainedModel, vocab_size: int) -> list[int]:
+    """Ids of the tokens that mark a text's beginning, end or padding."""
+    found: list[int | None] = []
+    for config in (model.config.get_text_config(), model.generation_config):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(config, name, None)
+            found += value if isinstance(value, list | tuple) else [value]
+    return sorted({mark for mark in found if mark is not None and 0 <= mark < vocab_size})
+
+
+def _calibration(tokens: Tensor, source: str) -> Calibration:
+    return Calibration(
+        tokens=tokens,
+        source=source,
+        sha256=hashlib.sha256(tokens.numpy().astype("<i8").tobytes()).hexdigest(),
+        notes=(),
+        data_free=True,
+    )
