@@ -52,35 +52,40 @@ _KEPT = (
 
 @dataclass(frozen=True)
 class Asked:
-    """What `bitfold quantize` is asked for, as its --method, --scheme and --set say it."""
+    """What `bitfold quantize` is asked for, as its --method, --effort, --scheme and --set say it."""
 
     method: str
     scheme: str
     set: tuple[str, ...] = ()
+    effort: str | None = None
 
     @classmethod
     def parse(cls, method: str, scheme: str, *set: str) -> "Asked":
-        """Either may bring its own settings.
+        """Either may bring its own settings; a method's `effort=high` is --effort.
 
         >>> Asked.parse("awq:awq.steps=10,awq.weight_aware=false", "w8a8:activation.static=true").set
         ('activation.static=true', 'awq.steps=10', 'awq.weight_aware=false')
         """
         name, _, of_method = method.partition(":")
         notation, _, of_scheme = scheme.partition(":")
-        own = f"{of_scheme},{of_method}".split(",")
-        return cls(name, notation, (*filter(None, own), *set))
+        own = [item for item in f"{of_scheme},{of_method}".split(",") if item]
+        efforts = [item.partition("=")[2] for item in own if item.startswith("effort=")]
+        own = [item for item in own if not item.startswith("effort=")]
+        return cls(name, notation, (*own, *set), efforts[-1] if efforts else None)
 
     @property
     def arguments(self) -> list[str]:
         """For the command line."""
         pairs = [part for item in self.set for part in ("--set", item)]
-        return ["--method", self.method, "--scheme", self.scheme, *pairs]
+        effort = [] if self.effort is None else ["--effort", self.effort]
+        return ["--method", self.method, *effort, "--scheme", self.scheme, *pairs]
 
     def recipe(self) -> Row:
         """The recipe in full: it changes with the defaults."""
         from bitfold import Recipe
 
-        return Recipe.make(self.method, self.scheme, set=self.set).model_dump(mode="json")
+        recipe = Recipe.make(self.method, self.scheme, set=self.set, effort=self.effort)
+        return recipe.model_dump(mode="json")
 
 
 class Rows:

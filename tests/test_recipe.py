@@ -1,6 +1,7 @@
 """A recipe is checked whole, composed of parts, overridden where asked, and read back as it was written."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,12 +10,13 @@ import yaml
 from bitfold.corrections import CORRECTIONS
 from bitfold.distillation import DISTILLATIONS
 from bitfold.errors import RecipeError
+from bitfold.methods import method_names, method_text
 from bitfold.models.checkpoint import Checkpoint
 from bitfold.models.skeleton import Skeleton
 from bitfold.numerics import Scheme
 from bitfold.pipeline.plan import make_plan
 from bitfold.ranges import RANGES
-from bitfold.recipe import Recipe, method_names, method_text
+from bitfold.recipe import Recipe
 from bitfold.rounding import ROUNDINGS
 from bitfold.transforms import TRANSFORMS
 from models_zoo import Zoo
@@ -173,7 +175,7 @@ def test_what_is_written_is_read_back(method: str, file: Path) -> None:
     assert again.to_yaml() == recipe.to_yaml()
 
 
-@pytest.mark.parametrize("method", method_names())
+@pytest.mark.parametrize("method", [name for name in method_names() if name != "auto"])
 def test_a_methods_own_text_is_a_recipe_file(method: str, file: Path) -> None:
     file.write_text(method_text(method), encoding="utf-8")
     fields = {"method": method}
@@ -203,7 +205,7 @@ def test_ignore_of_a_file_and_of_the_command_line_add_up(file: Path) -> None:
     [
         ({"method": "akq"}, "did you mean 'awq'"),
         ({"method": "awq++rtn"}, r"joined by \+"),
-        ({"set": ["awq.steps=40"]}, "awq, which the method rtn does not have"),
+        ({"set": ["awq.steps=40"]}, "awq, which the method auto does not have"),
         ({"method": "awq", "set": ["awq.step=40"]}, "did you mean 'steps'"),
         ({"method": "awq", "set": ["awq.steps=1"]}, "steps=1"),
         ({"method": "awq", "set": ["awq.steps=many"]}, "steps='many'"),
@@ -258,3 +260,50 @@ def test_held_against_a_network(
     skeleton = Skeleton(Checkpoint(checkpoint("llama", torch.float32)))
     with pytest.raises(RecipeError, match=message):
         make_plan(skeleton, Recipe.make("rtn", scheme, set=settings))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "effort", "parts"),
+    [
+        ("w4a16g128", "low", ["rotation", "smoothquant", "wush", "qep", "gptq"]),
+        ("w3a16", None, ["rotation", "smoothquant", "wush", "signround", "distil"]),
+        ("w2a8g64", "medium", ["rotation", "smoothquant", "wush", "signround", "distil"]),
+        ("w4a4q4kv4", "medium", ["rotation", "smoothquant", "wush", "affine", "qep", "gptq"]),
+        ("w4a16kv4", "low", ["rotation", "smoothquant", "wush", "qep", "gptq"]),
+        ("w8a16", "high", ["qep", "gptq"]),
+        ("w8a8", None, ["smoothquant", "qep", "gptq"]),
+        ("wnf4a16g64", None, ["nearest"]),
+        ("wfp8afp8", None, ["nearest"]),
+    ],
+)
+def test_auto_chooses_by_scheme_and_effort(
+    scheme: str, effort: str | None, parts: list[str]
+) -> None:
+    recipe = Recipe.make(scheme=scheme, effort=effort)
+    assert recipe.method == "auto"
+    assert recipe.part_names == parts
+
+
+def test_more_effort_is_more_steps() -> None:
+    medium, high = (Recipe.make("auto", "w3a16g128", effort=e) for e in ("medium", "high"))
+    assert high.rounding.steps > medium.rounding.steps
+    assert high.distillation.written > medium.distillation.written
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "auto", "effort": "hihg"}, "did you mean 'high'"),
+        ({"method": "awq", "effort": "high"}, "leave it out with awq"),
+        ({"method": "auto+distil"}, "chooses all parts itself"),
+        ({"method": "qep+gptaq"}, "qep and gptaq both make up"),
+        ({"method": "qep+qronos"}, "qep and qronos both make up"),
+        ({"method": "qep", "set": ["stream=original"]}, "sees? the original's"),
+        ({"method": "magr+signround"}, "finds them by the block's output"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_with_the_reason(
+    arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Recipe.make(**arguments)

@@ -76,7 +76,10 @@ def quantize(
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option(help="A method, or several composed: awq, rtn … (`bitfold recipes`)."),
+        typer.Option(help="auto (the default), or any: awq, rtn+distil … (`bitfold recipes`)."),
+    ] = None,
+    effort: Annotated[
+        str | None, typer.Option(help="Of auto: low, medium (the default) or high.")
     ] = None,
     scheme: Annotated[
         str | None,
@@ -150,7 +153,8 @@ def quantize(
     if sensitivity:
         _sensitivity(
             model,
-            {"method": method, "scheme": scheme, "recipe": recipe, "set": set or ()}
+            {"method": method, "effort": effort, "scheme": scheme, "recipe": recipe}
+            | {"set": set or ()}
             | {"ignore": ignore or (), "seed": seed, "calibration": calibration or ()}
             | {"device": device, "dtype": dtype, "mixed": mixed},
             {"--bits": bits, "--fit": fit, "--latency": latency, "--out": out},
@@ -165,6 +169,7 @@ def quantize(
             model,
             target,
             method=method,
+            effort=effort,
             scheme=scheme,
             recipe=recipe,
             set=set or (),
@@ -293,7 +298,8 @@ def recipes(
     """The methods there are, or one of them in full."""
     import yaml
 
-    from bitfold.recipe import Recipe, method_names, method_text
+    from bitfold.methods import method_names, method_text
+    from bitfold.recipe import Recipe
 
     if name is not None:
         full = Recipe.make(name)

@@ -1,10 +1,9 @@
 """What a user may ask for: a scheme, and the parts of a method (transforms, corrections, ranges, rounding and so on).
 
 A recipe is checked whole before anything is read: unknown keys, options and methods are answered with the nearest
-right one. Every published method is a YAML file in `recipes/`; methods are composed with `+`.
+right one, combinations that make no sense with the reason.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -24,20 +23,19 @@ from pydantic import (
 from bitfold.corrections import CORRECTIONS, Correction
 from bitfold.distillation import DISTILLATIONS, Distillation
 from bitfold.errors import RecipeError, did_you_mean
+from bitfold.methods import AUTO, LISTS, compose, read_file, read_yaml
 from bitfold.numerics import Scheme
 from bitfold.part import Need, Part
 from bitfold.ranges import RANGES, MinMax, Range
 from bitfold.rounding import ROUNDINGS, BlockRounding, Nearest, Rounding
 from bitfold.transforms import TRANSFORMS, BlockTransform, SiteTransform, StreamTransform
 
-__all__ = ["LayerRule", "Recipe", "method_names", "method_text"]
+__all__ = ["LayerRule", "Recipe"]
 
 DEFAULT_SCHEME = "w4a16g128"
-_METHODS = Path(__file__).parent / "recipes"
 _TENSORS = ("weight", "activation", "query", "key", "value")
-_LISTS = ("transforms", "corrections")
 _SINGLE = ("weight_range", "activation_range", "rounding", "distillation")
-_PARTS = (*_LISTS, *_SINGLE, "stream")
+_PARTS = (*LISTS, *_SINGLE, "stream")
 
 
 def _part(kind: str, known: Mapping[str, type[Part]]) -> BeforeValidator:
@@ -144,7 +142,28 @@ class Recipe(BaseModel):
             raise ValueError(
                 "the stream is turned once, before everything else: put the rotation first, and only one"
             )
+        if reason := self._senseless():
+            raise ValueError(reason)
         return self
+
+    def _senseless(self) -> str | None:
+        """Why parts that are right each by itself make no sense together."""
+        late = [*self.corrections, self.rounding]
+        against = [type(part).__name__.lower() for part in late if "cross" in part.needs]
+        if len(against) > 1:
+            both = " and ".join(against)
+            return f"{both} both make up for the errors of earlier layers, and would do so twice: choose one"
+        if against and self.stream == "original":
+            return (
+                f"{against[0]} makes up for how the quantized model's inputs differ from the original's, and "
+                "stream=original has it see the original's: leave one of the two out"
+            )
+        if isinstance(self.rounding, BlockRounding) and self.corrections:
+            return (
+                "a correction is followed by codes found layer by layer, and signround finds them by the block's "
+                "output, where it sees those errors itself: leave one of the two out"
+            )
+        return None
 
     @property
     def stream_transform(self) -> StreamTransform | None:
@@ -162,26 +181,28 @@ class Recipe(BaseModel):
         set: Sequence[str] = (),
         ignore: Sequence[str] = (),
         seed: int | None = None,
+        effort: str | None = None,
     ) -> Self:
         """The recipe of a method and scheme, of a recipe file, or of a file with either overridden.
 
         set: `key=value` items; a key is a field of the recipe, `weight.symmetric` and the like for the scheme, or
-        `<part>.<option>` for a part that the method has, for example `awq.steps=40`.
+        `<part>.<option>` for a part that the method has, for example `awq.steps=40`. effort: of `auto`, which is the
+        method where neither method nor file is given: low, medium or high.
 
         Raises RecipeError with one sentence for anything that cannot be.
         """
-        content: dict[str, Any] = {} if file is None else _read_file(file)
+        content: dict[str, Any] = {} if file is None else _of_file(file)
         overrides = dict(_override(item) for item in set)
         content |= {key[0]: value for key, value in overrides.items() if key in _FIELDS}
         if method and "method" in content:  # the file's parts are those of the file's method
             content = {key: value for key, value in content.items() if key not in _PARTS}
-        names = method or content.get("method", "rtn")
-        fields = _compose(names) | content | {"method": names}
+        names = method or content.get("method", AUTO if file is None else "rtn")
         in_schemes = {key: value for key, value in overrides.items() if key[0] in _TENSORS}
-        fields["scheme"] = _scheme(scheme or content.get("scheme", DEFAULT_SCHEME), in_schemes)
+        wanted = _scheme(scheme or content.get("scheme", DEFAULT_SCHEME), in_schemes)
+        fields = compose(names, wanted, effort) | content | {"method": names, "scheme": wanted}
         fields["layers"] = [_layer_rule(rule, in_schemes) for rule in _list(content, "layers")]
         fields["ignore"] = [*_list(content, "ignore"), *ignore]
-        fields |= {slot: _list(fields, slot) for slot in _LISTS}
+        fields |= {slot: _list(fields, slot) for slot in LISTS}
         if seed is not None:
             fields["seed"] = seed
         for key, value in overrides.items():
@@ -240,58 +261,14 @@ class Recipe(BaseModel):
 _FIELDS = {(name,) for name in Recipe.model_fields}
 
 
-def method_names() -> list[str]:
-    """The methods there are."""
-    return sorted(file.stem for file in _METHODS.glob("*.yaml"))
-
-
-def method_text(name: str) -> str:
-    """A method's recipe file, in full.
-
-    Raises RecipeError for an unknown name.
-    """
-    if name not in method_names():
-        raise RecipeError(f"Unknown method '{name}': {did_you_mean(name, method_names())}.")
-    return (_METHODS / f"{name}.yaml").read_text(encoding="utf-8")
-
-
-def _compose(names: object) -> dict[str, Any]:
-    """The fields of methods joined by `+`: transforms, and corrections, follow one another; a later range or rounding
-    replaces."""
-    parts = names.split("+") if isinstance(names, str) else []
-    if not all(part.strip() for part in parts) or not parts:
-        raise RecipeError(
-            f"The method {names!r} is neither a name nor several joined by +, as in smoothquant+awq: "
-            f"{did_you_mean(str(names), method_names())}."
-        )
-    fields: dict[str, Any] = {slot: [] for slot in _LISTS}
-    for name in parts:
-        content = _read_yaml(method_text(name.strip()))
-        content.pop("summary"), content.pop("paper")
-        for slot in _LISTS:
-            fields[slot] += content.pop(slot, [])
-        fields |= content
-    return fields
-
-
-def _read_file(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise RecipeError(f"There is no recipe file {file}: check the path, or give a --method.")
-    try:
-        content = _read_yaml(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise RecipeError(f"{file} is not valid YAML ({reason}): correct it.") from error
-    if not isinstance(content, dict):
-        raise RecipeError(
-            f"{file} holds no recipe: write `key: value` lines, as `bitfold recipes awq` shows."
-        )
+def _of_file(file: Path) -> dict[str, Any]:
+    content = read_file(file)
     for key in content:
-        if key not in Recipe.model_fields and key not in ("summary", "paper"):
+        if key not in Recipe.model_fields:
             raise RecipeError(
                 f"{file} has an unknown key '{key}': {did_you_mean(str(key), Recipe.model_fields)}."
             )
-    return {key: value for key, value in content.items() if key not in ("summary", "paper")}
+    return content
 
 
 def _list(fields: Mapping[str, Any], key: str) -> list[Any]:
@@ -304,24 +281,6 @@ def _list(fields: Mapping[str, Any], key: str) -> list[Any]:
     return list(value)
 
 
-class _Yaml(yaml.SafeLoader):
-    """YAML 1.2's booleans: `off` is a word (dominance: off), only true and false are not."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012 - as PyYAML has it
-        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":bool")]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-_Yaml.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-
-
-def _read_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_Yaml)
-
-
 def _override(item: str) -> tuple[tuple[str, ...], Any]:
     key, equals, value = item.partition("=")
     if not equals or not key.strip():
@@ -329,7 +288,7 @@ def _override(item: str) -> tuple[tuple[str, ...], Any]:
             f"--set takes key=value, not '{item}': write for example weight.symmetric=true."
         )
     try:
-        return tuple(key.strip().split(".")), _read_yaml(value)
+        return tuple(key.strip().split(".")), read_yaml(value)
     except (yaml.YAMLError, RecursionError) as error:
         raise RecipeError(
             f"--set {item} has a value that YAML cannot read: write a number, true, false or a word."
@@ -377,7 +336,7 @@ def _set_option(fields: dict[str, Any], key: tuple[str, ...], value: Any) -> Non
     parts = {name: slot for slot, name in _parts_of(fields)}
     if len(key) == 2 and key[0] in parts:
         slot = parts[key[0]]
-        if slot in _LISTS:
+        if slot in LISTS:
             fields[slot] = [_with_option(part, key, value) for part in fields[slot]]
         else:
             fields[slot] = _with_option(fields[slot], key, value)
@@ -397,7 +356,7 @@ def _set_option(fields: dict[str, Any], key: tuple[str, ...], value: Any) -> Non
 
 def _parts_of(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
     slots = [(slot, fields.get(slot)) for slot in _SINGLE]
-    slots += [(slot, part) for slot in _LISTS for part in fields[slot]]
+    slots += [(slot, part) for slot in LISTS for part in fields[slot]]
     return [
         (slot, part if isinstance(part, str) else next(iter(part))) for slot, part in slots if part
     ]

@@ -57,7 +57,7 @@ def model(tmp_path: Path) -> Path:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An artifact of the embedded model by rtn, not to be changed."""
     out = tmp_path_factory.mktemp("finished") / "artifact"
-    bitfold.quantize(DEMO_MODEL, out)
+    bitfold.quantize(DEMO_MODEL, out, method="rtn")
     return out
 
 

@@ -35,10 +35,10 @@ from damage import (
 from bitfold.assets import CALIBRATION_TEXT, DEMO_MODEL
 from models_zoo import build
 
-QUANTIZE = "quantize {model} -o {out}"
+QUANTIZE = "quantize {model} -o {out} --method rtn"
 EVAL = "eval {model} --text {dir}/text.txt"
 CALIBRATED = f"{QUANTIZE} --method awq --sequence-length 64 --calibration"
-RECIPE = f"{QUANTIZE} --recipe {{dir}}/recipe.yaml"
+RECIPE = "quantize {model} -o {out} --recipe {dir}/recipe.yaml"
 UP = "model.layers.5.mlp.up_proj.weight"
 
 Change = Callable[[Path], Any]

@@ -37,7 +37,7 @@ def weights(artifact: Path) -> dict[str, bytes]:
 
 
 def test_quantize(run: Run, tmp_path: Path) -> None:
-    shown = good(run(f"quantize {DEMO_MODEL} -o {tmp_path}/out")).out
+    shown = good(run(f"quantize {DEMO_MODEL} --method rtn -o {tmp_path}/out")).out
     for word in (
         "q_proj",
         "4.156 bits",
@@ -70,7 +70,7 @@ def test_quantize_in_json(run: Run, tmp_path: Path) -> None:
 
 def test_a_finished_artifact_is_left_alone(run: Run, artifact: Path) -> None:
     before = {file.name: file.stat().st_mtime_ns for file in artifact.iterdir()}
-    line = f"quantize {DEMO_MODEL} -o {artifact}"
+    line = f"quantize {DEMO_MODEL} --method rtn -o {artifact}"
     assert "is finished already: nothing was done" in good(run(line)).out
     made = good(run(f"{line} --json")).json
     assert made["finished_before"]
@@ -80,7 +80,7 @@ def test_a_finished_artifact_is_left_alone(run: Run, artifact: Path) -> None:
 
 
 def test_overwrite(run: Run, artifact: Path) -> None:
-    line = f"quantize {DEMO_MODEL} -o {artifact} --scheme w8a16 --json"
+    line = f"quantize {DEMO_MODEL} --method rtn -o {artifact} --scheme w8a16 --json"
     assert "--overwrite" in run(line).json["error"]
     made = good(run(f"{line} --overwrite")).json
     assert made["scheme"] == "w8a16"
@@ -100,7 +100,7 @@ def test_a_dry_run_writes_nothing(run: Run, tmp_path: Path) -> None:
 
 
 def test_options_reach_the_recipe(run: Run, tmp_path: Path) -> None:
-    line = f"quantize {DEMO_MODEL} -o {tmp_path}/out --scheme w4a8g32 --set weight.symmetric=true --seed 3"
+    line = f"quantize {DEMO_MODEL} --method rtn -o {tmp_path}/out --scheme w4a8g32 --set weight.symmetric=true --seed 3"
     line += (
         " --set activation.static=true --set weight_range=mse --set mse.steps=4 --ignore *.k_proj"
     )
@@ -280,7 +280,7 @@ print(np.abs(logits - probe["logits"]).max() / probe["logits"].std())
 
 @pytest.mark.parametrize("scheme", ["w4a16g128", "w4a4q4kv4", "w8a8"])
 def test_artifacts_load_where_bitfold_is_not(run: Run, tmp_path: Path, scheme: str) -> None:
-    good(run(f"quantize {DEMO_MODEL} -o {tmp_path}/out --scheme {scheme}"))
+    good(run(f"quantize {DEMO_MODEL} --method rtn -o {tmp_path}/out --scheme {scheme}"))
     script = [sys.executable, "-c", LOADS_WITHOUT_BITFOLD, str(tmp_path / "out")]
     done = subprocess.run(script, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -26,7 +26,8 @@ AWQ = {"method": "awq", "samples": 12, "sequence_length": 64}
 @pytest.mark.parametrize("case", SCHEMES)
 def test_bytes(tmp_path: Path, case: str) -> None:
     scheme, set = SCHEMES[case]
-    options = {"scheme": scheme, "set": set, "samples": 2, "sequence_length": 64}
+    options = {"method": "rtn", "scheme": scheme, "set": set, "samples": 2}
+    options["sequence_length"] = 64
     said = bitfold.quantize(DEMO_MODEL, tmp_path / "out", dry_run=True, **options)
     made = bitfold.quantize(DEMO_MODEL, tmp_path / "out", **options)
     assert isinstance(said, Estimate)
@@ -47,7 +48,7 @@ def test_bytes_of_a_quantized_head(checkpoint: Zoo, tmp_path: Path) -> None:
     assert said.size_bytes == pytest.approx(made.size_bytes, rel=0.05)
 
 
-@pytest.mark.parametrize("options", [{}, AWQ], ids=["rtn", "awq"])
+@pytest.mark.parametrize("options", [{"method": "rtn"}, AWQ], ids=["rtn", "awq"])
 def test_seconds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
 ) -> None:

@@ -34,8 +34,10 @@ def test_ranking_in_json(run: Run) -> None:
 
 def test_bits(run: Run, tmp_path: Path) -> None:
     """As many bits as one scheme for all has, and what the command says of them."""
-    uniform = run(f"quantize {DEMO_MODEL} -o {tmp_path}/uniform --scheme w3a16g128 --json").json
-    line = f"quantize {DEMO_MODEL} -o {tmp_path}/out --bits {uniform['bits_per_weight']} {QUICK}"
+    uniform = run(
+        f"quantize {DEMO_MODEL} --method rtn -o {tmp_path}/uniform --scheme w3a16g128 --json"
+    ).json
+    line = f"quantize {DEMO_MODEL} --method rtn -o {tmp_path}/out --bits {uniform['bits_per_weight']} {QUICK}"
     done = run(line)
     assert done.code == 0, done.err
     for word in ("w3a16g128 (mixed) by rtn", "mixed precision: what less costs", "chosen"):
@@ -54,7 +56,7 @@ def test_bits(run: Run, tmp_path: Path) -> None:
 
 
 def test_fit(run: Run, tmp_path: Path) -> None:
-    line = f"quantize {DEMO_MODEL} -o {tmp_path}/out --fit 4.6MB {QUICK} --json"
+    line = f"quantize {DEMO_MODEL} --method rtn -o {tmp_path}/out --fit 4.6MB {QUICK} --json"
     made = run(line).json
     assert made["size_bytes"] <= 4_600_000
     assert sum(f.stat().st_size for f in (tmp_path / "out").iterdir()) == made["size_bytes"]
@@ -78,7 +80,7 @@ REFUSED = {
 def test_refusals(run: Run, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     options, code, sentence = REFUSED[case]
-    done = run(f"quantize {DEMO_MODEL} {options} --json")
+    done = run(f"quantize {DEMO_MODEL} --method rtn {options} --json")
     assert done.code == code
     assert sentence in done.json["error"]
     assert not (tmp_path / "out").exists()

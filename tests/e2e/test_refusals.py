@@ -53,7 +53,12 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_disk_too_small_is_refused_before_anything_is_written(run: Run, disk: Path) -> None:
     (disk / "filler").write_bytes(bytes(5_000_000))
     refused(
-        run, f"quantize {DEMO_MODEL} -o {disk}/out", "needs 6 MB", str(disk), "4 MB", "make room"
+        run,
+        f"quantize {DEMO_MODEL} --method rtn -o {disk}/out",
+        "needs 6 MB",
+        str(disk),
+        "4 MB",
+        "make room",
     )
     assert [file.name for file in disk.iterdir()] == ["filler"]
 
@@ -109,7 +114,9 @@ def test_a_directory_that_cannot_be_written(run: Run, tmp_path: Path) -> None:
             "the file system has no immutable directories, or setting them needs privileges"
         )
     try:
-        refused(run, f"quantize {DEMO_MODEL} -o {place}/out", str(place), "read-only", "-o")
+        refused(
+            run, f"quantize {DEMO_MODEL} --method rtn -o {place}/out", str(place), "read-only", "-o"
+        )
         assert not list(place.iterdir())
     finally:
         subprocess.run(["chattr", "-i", str(place)], check=True)
@@ -122,12 +129,12 @@ def test_a_second_run_at_the_same_place(run: Run, tmp_path: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         refused(
             run,
-            f"quantize {DEMO_MODEL} -o {tmp_path}/out",
+            f"quantize {DEMO_MODEL} --method rtn -o {tmp_path}/out",
             "Another bitfold run",
             f"{tmp_path}/out",
         )
         assert [file.name for file in partial.iterdir()] == ["lock"]
-    assert run(f"quantize {DEMO_MODEL} -o {tmp_path}/out").code == 0
+    assert run(f"quantize {DEMO_MODEL} --method rtn -o {tmp_path}/out").code == 0
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
@@ -146,12 +153,13 @@ def test_a_hub_that_cannot_be_reached(
 # --- numbers that no dtype holds ---
 
 
-def test_activations_beyond_the_dtype(run: Run, model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["rtn", "wush"])
+def test_activations_beyond_the_dtype(method: str, run: Run, model: Path, tmp_path: Path) -> None:
     """Finite weights of which float16 makes infinite activations: found at the block, and named."""
     poison("model.layers.3.mlp.down_proj.weight", 6e4)(model)
     poison("model.layers.3.post_attention_layernorm.weight", 6e4)(model)
     poison("model.layers.3.mlp.up_proj.weight", 6e4)(model)
-    line = f"quantize {model} -o {tmp_path}/out --dtype float16"
+    line = f"quantize {model} --method {method} -o {tmp_path}/out --dtype float16"
     refused(run, line, "model.layers.3", "not finite in float16", "--dtype")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model"]
 
@@ -179,7 +187,7 @@ def test_a_run_that_is_broken_off_goes_on(
     code: int,
     words: str,
 ) -> None:
-    line = f"quantize {DEMO_MODEL} -o {tmp_path}/out"
+    line = f"quantize {DEMO_MODEL} --method rtn -o {tmp_path}/out"
     real = pipeline.step
 
     def step(job: Job, index: int, *arguments: Any) -> Any:
@@ -203,7 +211,10 @@ def test_processes_end_with_one_line_and_a_code(
 ) -> None:
     poison("model.layers.5.self_attn.o_proj.weight", torch.nan)(model)
     lines = {
-        f"quantize {model} -o {tmp_path}/out": (1, "model.layers.5.self_attn.o_proj.weight"),
+        f"quantize {model} --method rtn -o {tmp_path}/out": (
+            1,
+            "model.layers.5.self_attn.o_proj.weight",
+        ),
         f"quantize {model} -o {tmp_path}/out --methud rtn": (2, "'--method'"),
     }
     for line, (code, word) in lines.items():

@@ -140,8 +140,10 @@ def _copy(thetas: list[Tensor]) -> list[Tensor]:
 
 
 def _finite(loss: float, thetas: list[Tensor]) -> bool:
-    gradients = [theta.grad for theta in thetas if theta.grad is not None]
-    return math.isfinite(loss) and all(bool(torch.isfinite(g).all()) for g in gradients)
+    sums = [theta.grad.sum().double() for theta in thetas if theta.grad is not None]
+    return math.isfinite(loss) and bool(
+        torch.isfinite(torch.stack(sums)).all()
+    )  # a sum is finite only if all is
 
 
 def _went_back(step: int, kept: int) -> str:

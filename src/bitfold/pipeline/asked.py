@@ -17,6 +17,7 @@ def resolve_recipe(
     set: str | Sequence[str],
     ignore: str | Sequence[str],
     seed: int | None,
+    effort: str | None,
 ) -> Recipe:
     """A finished recipe as it is, or the one that `Recipe.make` makes of the rest.
 
@@ -25,11 +26,17 @@ def resolve_recipe(
     if not isinstance(recipe, Recipe):
         file = None if recipe is None else Path(recipe)
         return Recipe.make(
-            method, scheme, file=file, set=several(set), ignore=several(ignore), seed=seed
+            method,
+            scheme,
+            file=file,
+            set=several(set),
+            ignore=several(ignore),
+            seed=seed,
+            effort=effort,
         )
-    if method or scheme or set or ignore or seed is not None:
+    if method or scheme or set or ignore or effort or seed is not None:
         raise RecipeError(
-            "A finished Recipe goes without method, scheme, set, ignore and seed: give one or the other."
+            "A finished Recipe goes without method, scheme, set, ignore, seed and effort: give one or the other."
         )
     return recipe
 

@@ -45,6 +45,7 @@ def quantize(
     out: str | Path,
     *,
     method: str | None = None,
+    effort: str | None = None,
     scheme: str | None = None,
     recipe: Recipe | str | Path | None = None,
     set: str | Sequence[str] = (),
@@ -66,9 +67,9 @@ def quantize(
 ) -> Quantization | Estimate:
     """Quantize a checkpoint into the directory `out`.
 
-    model: a local directory, or a name on the hub. method, scheme, set, ignore, seed: as in `Recipe.make`; recipe: a
-    finished `Recipe`, or a file. calibration: .txt, .jsonl or .npy files; without any the embedded text is used;
-    `generate` lets the model write its own, `random` draws tokens.
+    model: a local directory, or a name on the hub. method, effort, scheme, set, ignore, seed: as in `Recipe.make`;
+    recipe: a finished `Recipe`, or a file. calibration: .txt, .jsonl or .npy files; without any the embedded text is
+    used; `generate` lets the model write its own, `random` draws tokens.
     dtype: in which the calibration and the simulation run (`auto`: float32 on the CPU). A killed run goes on where it
     was unless `resume` is false. With `dry_run` nothing is written and an `Estimate` comes back.
 
@@ -81,7 +82,7 @@ def quantize(
     Raises a BitfoldError, one clear sentence, for anything wrong with input, recipe or machine.
     """
     start = time.perf_counter()
-    recipe = resolve_recipe(recipe, method, scheme, set, ignore, seed)
+    recipe = resolve_recipe(recipe, method, scheme, set, ignore, seed, effort)
     budget = Budget.make(bits, fit, latency)
     if budget is None and mixed is not None:
         raise RecipeError("Bits are looked for within a budget: give --bits, --fit or --latency.")

@@ -113,6 +113,7 @@ def sensitivity(
     model: str | Path,
     *,
     method: str | None = None,
+    effort: str | None = None,
     scheme: str | None = None,
     recipe: Recipe | str | Path | None = None,
     set: str | Sequence[str] = (),
@@ -126,14 +127,14 @@ def sensitivity(
 ) -> Sensitivity:
     """Measure how much each candidate hurts each group of layers, by the KL of the model's logits to the original's.
 
-    method, scheme, recipe, set, ignore, seed: as of `quantize`; candidates are derived from the scheme, and layers that
-    a rule or `ignore` names are left out. mixed: candidates, groups and text. Nothing is written.
+    method, effort, scheme, recipe, set, ignore, seed: as of `quantize`; candidates are derived from the scheme, and
+    layers that a rule or `ignore` names are left out. mixed: candidates, groups and text. Nothing is written.
 
     Raises a BitfoldError, one clear sentence, for anything wrong with input, recipe or machine.
     """
     start = time.perf_counter()
     mixed = mixed or Mixed()
-    recipe = resolve_recipe(recipe, method, scheme, set, ignore, seed)
+    recipe = resolve_recipe(recipe, method, scheme, set, ignore, seed, effort)
     place = resolve_device(device)
     skeleton = skeleton_for(Checkpoint(find_checkpoint(model)), recipe, place)
     plan = make_plan(skeleton, recipe)

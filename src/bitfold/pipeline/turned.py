@@ -21,8 +21,11 @@ _LARGEST_CHANGE_HALF = 5e-2
 def skeleton_for(checkpoint: Checkpoint, recipe: Recipe, device: torch.device) -> Skeleton:
     """The network as the recipe wants to see it."""
     transform = recipe.stream_transform
-    if transform is None:
-        return Skeleton(checkpoint, device)
+    if transform is None or transform.where_free:
+        plain = Skeleton(checkpoint, device)
+        free = plain.family.stream(plain.config) is not None and not plain.ties_head
+        if transform is None or not free:
+            return plain
     skeleton = TurnedSkeleton(checkpoint, device, untied=True)
     stream = skeleton.family.stream(skeleton.config)
     if stream is None:

@@ -15,7 +15,7 @@ __all__ = ["Rotation"]
 
 
 class Rotation(StreamTransform):
-    """Takes no options: Hadamard with random signs where the size is a power of two, else uniformly random."""
+    """Hadamard with random signs where the size is a power of two, else uniformly random."""
 
     def matrix(self, size: int, *, keeps_ones: bool, seed: int) -> Tensor:
         """See `StreamTransform.matrix`."""

@@ -10,7 +10,13 @@ __all__ = ["StreamTransform"]
 
 
 class StreamTransform(Part):
-    """Chooses the basis of the residual stream, before the first block."""
+    """Chooses the basis of the residual stream, before the first block.
+
+    where_free: only of a model that pays nothing for it, its head being a tensor of its own already; others, and those
+    whose norms allow none, stay as they are. Without it a tied head is untied, which is size.
+    """
+
+    where_free: bool = False
 
     @abstractmethod
     def matrix(self, size: int, *, keeps_ones: bool, seed: int) -> Tensor:
