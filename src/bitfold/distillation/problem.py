@@ -53,7 +53,7 @@ class Distillation(Part):
     """Trains a finished model end to end: its scales, and what else these say.
 
     norms, biases: those that the model has. codes: of the weights, too, on integer grids. most_codes: of a model that
-    has more of them they stay, because training one takes 16 bytes. written: so many windows that the model writes
+    has more of them they stay, because training one takes 20 bytes. written: so many windows that the model writes
     itself, beginning as the calibration's do, are trained on beside them; none where codes stay for being too many.
     """
 

@@ -71,7 +71,7 @@ def _within_reach(job: Job, workdir: Workdir) -> tuple[Distillation, list[str]]:
         return options, []
     note = (
         f"distillation: the codes stay, because {count:,} are more than distil.most_codes={options.most_codes:,} "
-        "(training one takes 16 bytes of memory)"
+        "(training one takes 20 bytes of memory)"
     )
     return options.model_copy(update={"codes": False, "written": 0}), [note]
 
