@@ -266,7 +266,8 @@ def test_held_against_a_network(
     ("scheme", "effort", "parts"),
     [
         ("w4a16g128", "low", ["rotation", "smoothquant", "wush", "qep", "gptq"]),
-        ("w3a16", None, ["rotation", "smoothquant", "wush", "signround", "distil"]),
+        ("w3a16", None, ["rotation", "smoothquant", "wush", "affine", "qep", "gptq", "distil"]),
+        ("w2a16g64", "low", ["rotation", "smoothquant", "wush", "qep", "gptq"]),
         ("w2a8g64", "medium", ["rotation", "smoothquant", "wush", "signround", "distil"]),
         ("w4a4q4kv4", "medium", ["rotation", "smoothquant", "wush", "affine", "qep", "gptq"]),
         ("w4a16kv4", "low", ["rotation", "smoothquant", "wush", "qep", "gptq"]),
@@ -285,7 +286,7 @@ def test_auto_chooses_by_scheme_and_effort(
 
 
 def test_more_effort_is_more_steps() -> None:
-    medium, high = (Recipe.make("auto", "w3a16g128", effort=e) for e in ("medium", "high"))
+    medium, high = (Recipe.make("auto", "w2a16g64", effort=e) for e in ("medium", "high"))
     assert high.rounding.steps > medium.rounding.steps
     assert high.distillation.written > medium.distillation.written
 

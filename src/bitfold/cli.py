@@ -83,7 +83,9 @@ def quantize(
     ] = None,
     scheme: Annotated[
         str | None,
-        typer.Option(help="w<bits>a<bits>, then q<bits>, kv<bits>, g<group> as needed; default w4a16g128."),
+        typer.Option(
+            help="w<bits>a<bits>, then q<bits>, kv<bits>, g<group> as needed; default w4a16g128."
+        ),
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="A recipe file (YAML).")] = None,
     set: Annotated[
