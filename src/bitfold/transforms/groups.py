@@ -19,7 +19,15 @@ from torch import Tensor
 
 from bitfold.errors import EquivalenceError
 from bitfold.models.family import FcPair, NormSite, QueryKey, Site, UpDown, ValueOutput
-from bitfold.transforms.norms import Weights, bias_of, fold_norm, fold_online
+from bitfold.transforms.linears import (
+    complex_blocks,
+    fold_pair,
+    fold_value_output,
+    on_rows,
+    permuted,
+    times_complex,
+)
+from bitfold.transforms.norms import Weights, fold_norm, fold_online
 
 __all__ = [
     "Diagonal",
@@ -123,11 +131,11 @@ class Diagonal(Transform):
         if isinstance(site, ValueOutput):
             blocks = torch.diag_embed(self.scale.view(heads.keys, heads.size))
             inverse = torch.diag_embed(self.scale.reciprocal().view(heads.keys, heads.size))
-            return _fold_value_output(weights, site, blocks, inverse, self.shift, heads)
+            return fold_value_output(weights, site, blocks, inverse, self.shift, heads.shared)
         if isinstance(site, UpDown):
-            return _fold_pair(weights, site.up, site.down, self.scale)
+            return fold_pair(weights, site.up, site.down, self.scale)
         if isinstance(site, FcPair) and site.homogeneous:
-            return _fold_pair(weights, site.fc1, site.fc2, self.scale)
+            return fold_pair(weights, site.fc1, site.fc2, self.scale)
         raise EquivalenceError(
             f"A diagonal does not pass {type(site).__name__}: choose another group."
         )
@@ -188,8 +196,8 @@ class HeadMatrix(Transform):
     ) -> dict[str, Tensor]:
         site = self.site
         if isinstance(site, ValueOutput):
-            return _fold_value_output(
-                weights, site, self.blocks, self.blocks_inverse, self.shift, heads
+            return fold_value_output(
+                weights, site, self.blocks, self.blocks_inverse, self.shift, heads.shared
             )
         if site.rotary != "none" or site.key_norm is not None:
             raise EquivalenceError(
@@ -198,9 +206,9 @@ class HeadMatrix(Transform):
             )
         folded = dict(weights)
         transposed = self.blocks.transpose(1, 2)
-        _on_rows(folded, site.key, transposed, self.shift)
+        on_rows(folded, site.key, transposed, self.shift)
         per_query = self.blocks_inverse.repeat_interleave(heads.shared, dim=0)
-        _on_rows(folded, site.query, per_query, None)
+        on_rows(folded, site.query, per_query, None)
         return folded
 
 
@@ -217,12 +225,12 @@ class RotaryScale(Transform):
 
     @property
     def matrix(self) -> Tensor:
-        return _complex_blocks(self.real, self.imaginary)
+        return complex_blocks(self.real, self.imaginary)
 
     @property
     def inverse(self) -> Tensor:
         power = self.real.square() + self.imaginary.square()
-        return _complex_blocks(self.real / power, -self.imaginary / power)
+        return complex_blocks(self.real / power, -self.imaginary / power)
 
     def fold(
         self, weights: Weights, heads: Heads, storage: torch.dtype | None = None
@@ -232,10 +240,10 @@ class RotaryScale(Transform):
                 "A complex number per pair stands at a rotary q · k without norms."
             )
         folded = dict(weights)
-        _times_complex(folded, self.site.key, self.real, self.imaginary)
+        times_complex(folded, self.site.key, self.real, self.imaginary)
         power = self.real.square() + self.imaginary.square()  # 1 / conj(c) = c / |c|²
         shared = heads.shared
-        _times_complex(
+        times_complex(
             folded,
             self.site.query,
             (self.real / power).repeat_interleave(shared, dim=0),
@@ -280,9 +288,9 @@ class NormedPairScale(Transform):
         folded[query] = (weights[query] + offset) / twice - offset
         if self.signs is not None:
             nothing = torch.zeros_like(self.signs)
-            _times_complex(folded, site.key, self.signs, nothing)
+            times_complex(folded, site.key, self.signs, nothing)
             shared = self.signs.repeat_interleave(heads.shared, dim=0)
-            _times_complex(folded, site.query, shared, torch.zeros_like(shared))
+            times_complex(folded, site.query, shared, torch.zeros_like(shared))
         return folded
 
 
@@ -307,7 +315,7 @@ class Permutation(Transform):
         site = self.site
         rows = (site.up, site.gate) if isinstance(site, UpDown) else (site.fc1,)
         columns = site.down if isinstance(site, UpDown) else site.fc2
-        return _permuted(weights, rows, columns, self.order, self.order)
+        return permuted(weights, rows, columns, self.order)
 
 
 @dataclass(frozen=True)
@@ -333,86 +341,5 @@ class HeadPermutation(Transform):
         keys = (self.order[:, None] * heads.size + inside).flatten()
         wide = torch.arange(heads.shared * heads.size)
         queries = (self.order[:, None] * heads.shared * heads.size + wide).flatten()
-        folded = _permuted(weights, (self.site.value, self.queries.key), None, keys, keys)
-        return _permuted(folded, (self.queries.query,), self.site.output, queries, queries)
-
-
-def _fold_value_output(
-    weights: Weights,
-    site: ValueOutput,
-    blocks: Tensor,
-    inverse: Tensor,
-    shift: Tensor | None,
-    heads: Heads,
-) -> dict[str, Tensor]:
-    folded = dict(weights)
-    _on_rows(folded, site.value, inverse.transpose(1, 2), shift)
-    output = weights[f"{site.output}.weight"]
-    columns = output.view(output.shape[0], heads.keys, heads.shared, heads.size)
-    if shift is not None:
-        carried = torch.einsum("okqh,kh->o", columns, shift.view(heads.keys, heads.size))
-        folded[f"{site.output}.bias"] = bias_of(weights, site.output) + carried
-    # W'_h = W_h Aᵀ, once for every query head that shares the KV head.
-    read_back = torch.einsum("okqh,kgh->okqg", columns.to(blocks.dtype), blocks)
-    folded[f"{site.output}.weight"] = read_back.to(output.dtype).reshape(output.shape)
-    return folded
-
-
-def _fold_pair(weights: Weights, first: str, second: str, scale: Tensor) -> dict[str, Tensor]:
-    folded = dict(weights)
-    folded[f"{first}.weight"] = weights[f"{first}.weight"] / scale.unsqueeze(-1)
-    if f"{first}.bias" in weights:
-        folded[f"{first}.bias"] = weights[f"{first}.bias"] / scale
-    folded[f"{second}.weight"] = weights[f"{second}.weight"] * scale
-    return folded
-
-
-def _on_rows(folded: dict[str, Tensor], name: str, blocks: Tensor, shift: Tensor | None) -> None:
-    """y' = (y − shift) Bᵀ for the blocks B [heads, H, H] on a linear layer's output y: rows and bias.
-
-    The products are formed in the precision of the blocks.
-    """
-    heads, size, _ = blocks.shape
-    weight = folded[f"{name}.weight"]
-    turned = blocks @ weight.view(heads, size, -1).to(blocks.dtype)
-    folded[f"{name}.weight"] = turned.to(weight.dtype).reshape(weight.shape)
-    if shift is not None or f"{name}.bias" in folded:
-        bias = bias_of(folded, name) if shift is None else bias_of(folded, name) - shift
-        turned = blocks @ bias.view(heads, size, 1).to(blocks.dtype)
-        folded[f"{name}.bias"] = turned.to(weight.dtype).reshape(-1)
-
-
-def _times_complex(folded: dict[str, Tensor], name: str, real: Tensor, imaginary: Tensor) -> None:
-    """Multiply the pairs of a linear layer's output by complex numbers [heads, P]: rows and bias."""
-    heads, pairs = real.shape
-    for key in (f"{name}.weight", f"{name}.bias"):
-        if key not in folded:
-            continue
-        value = folded[key].reshape(heads, 2, pairs, -1)
-        a, b = real.unsqueeze(-1), imaginary.unsqueeze(-1)
-        first = a * value[:, 0] - b * value[:, 1]
-        second = a * value[:, 1] + b * value[:, 0]
-        folded[key] = torch.stack([first, second], dim=1).reshape(folded[key].shape)
-
-
-def _complex_blocks(real: Tensor, imaginary: Tensor) -> Tensor:
-    """2×2 real matrices [heads · P, 2, 2] that multiply a pair (as a row) by complex numbers."""
-    a, b = real.flatten(), imaginary.flatten()
-    return torch.stack([torch.stack([a, b], -1), torch.stack([-b, a], -1)], -2)
-
-
-def _permuted(
-    weights: Weights,
-    rows: tuple[str, ...],
-    columns: str | None,
-    order: Tensor,
-    column_order: Tensor,
-) -> dict[str, Tensor]:
-    folded = dict(weights)
-    for name in rows:
-        folded[f"{name}.weight"] = weights[f"{name}.weight"][order]
-        if f"{name}.bias" in weights:
-            folded[f"{name}.bias"] = weights[f"{name}.bias"][order]
-    if columns is not None:
-        folded[f"{columns}.weight"] = weights[f"{columns}.weight"][:, column_order]
-    return folded
+        folded = permuted(weights, (self.site.value, self.queries.key), None, keys)
+        return permuted(folded, (self.queries.query,), self.site.output, queries)
