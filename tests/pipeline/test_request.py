@@ -14,7 +14,7 @@ from bitfold.recipe import Recipe
 from models_zoo import TOKENS, Zoo
 
 CPU = torch.device("cpu")
-TEXT = Calibration(TOKENS, "text", "aa", ())
+TEXT = Calibration(TOKENS, "text", ())
 
 
 def hashed(
@@ -31,7 +31,7 @@ def model(checkpoint: Zoo, tmp_path: Path) -> Path:
 
 def test_the_same_is_the_same(model: Path) -> None:
     assert hashed(model) == hashed(model)
-    other_words = Calibration(TOKENS, "the same text by another name", "aa", ("a note",))
+    other_words = Calibration(TOKENS, "the same text by another name", ("a note",))
     assert hashed(model, text=other_words) == hashed(model)
 
 
@@ -42,7 +42,7 @@ OTHERS: dict[str, dict[str, object]] = {
     "option": {"recipe": Recipe.make("rtn", set=["weight_range=mse"])},
     "ignore": {"recipe": Recipe.make("rtn", ignore=["*.v_proj"])},
     "no text": {"text": None},
-    "text": {"text": Calibration(TOKENS, "text", "bb", ())},
+    "text": {"text": Calibration(TOKENS.flip(0), "text", ())},
     "dtype": {"dtype": torch.bfloat16},
     "device": {"device": torch.device("cuda")},
     "allocation": {"allocation": {"budget": {"bits": 3}}},

@@ -33,16 +33,19 @@ class Calibration:
 
     tokens   int64 [samples, length]
     source   one line for people
-    sha256   of the tokens' bytes (little-endian int64), for the artifact's provenance
     notes    what a user may not expect: fewer windows than asked for, the embedded text
-    data_free  whether no one wrote it: the model did, or chance
+    data_free   whether no one wrote it: the model did, or chance
     """
 
     tokens: torch.Tensor
     source: str
-    sha256: str
     notes: tuple[str, ...]
     data_free: bool = False
+
+    @property
+    def sha256(self) -> str:
+        """Of the tokens' bytes (little-endian int64), for the artifact's provenance."""
+        return hashlib.sha256(self.tokens.numpy().astype("<i8").tobytes()).hexdigest()
 
 
 def load_calibration(
@@ -104,7 +107,6 @@ def load_calibration(
     return Calibration(
         tokens=chosen.contiguous(),
         source=f"{names}: {how}, {chosen.shape[1]} tokens each",
-        sha256=hashlib.sha256(chosen.numpy().astype("<i8").tobytes()).hexdigest(),
         notes=tuple(notes),
     )
 

@@ -7,7 +7,6 @@ model's own distribution.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -32,7 +31,8 @@ def random_windows(samples: int, length: int, vocab_size: int, seed: int) -> Cal
     check_samples(samples)
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, vocab_size, (samples, length), generator=generator)
-    return _calibration(tokens, f"{samples} windows of {length} random tokens, seed {seed}")
+    source = f"{samples} windows of {length} random tokens, seed {seed}"
+    return Calibration(tokens, source, notes=(), data_free=True)
 
 
 def generated_windows(
@@ -50,9 +50,8 @@ def generated_windows(
     allowed[_marks(model, vocab_size)] = 0
     begun = torch.multinomial(allowed, samples, replacement=True, generator=generator).unsqueeze(1)
     tokens = write_windows(model, length, seed, report, begun, likeliest=LIKELIEST)
-    return _calibration(
-        tokens, f"{samples} windows of {length} tokens that the model wrote itself, seed {seed}"
-    )
+    source = f"{samples} windows of {length} tokens that the model wrote itself, seed {seed}"
+    return Calibration(tokens, source, notes=(), data_free=True)
 
 
 @torch.no_grad()
@@ -114,13 +113,3 @@ def _marks(model: PreTrainedModel, vocab_size: int) -> list[int]:
             value = getattr(config, name, None)
             found += value if isinstance(value, list | tuple) else [value]
     return sorted({mark for mark in found if mark is not None and 0 <= mark < vocab_size})
-
-
-def _calibration(tokens: Tensor, source: str) -> Calibration:
-    return Calibration(
-        tokens=tokens,
-        source=source,
-        sha256=hashlib.sha256(tokens.numpy().astype("<i8").tobytes()).hexdigest(),
-        notes=(),
-        data_free=True,
-    )
