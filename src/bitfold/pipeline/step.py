@@ -1,6 +1,7 @@
 """One step of the loop over blocks: quantize a block, and take the streams through it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,32 +25,36 @@ def step(
     Raises CheckpointError where a block's output is not finite: at the block, not hours later at the logits.
     """
     skeleton = job.skeleton
-
-    def run_original(hidden: Tensor) -> Tensor:
-        return skeleton.run(index, original, hidden)
-
+    name = skeleton.block_name(index)
+    # What the original gives is known first: a block is held against it, and nothing is fitted to what is not finite.
+    following = streams.probe_original.clone()
+    ahead = [following]
     if streams.original is not None and "loss" in job.plan.recipe.needs:
-        original = skeleton.load_block(index, job.dtype)
         streams.ahead = streams.original.clone()
-        with torch.no_grad():
-            advance(streams.ahead, run_original, skeleton.device)
-        del original
+        ahead.append(streams.ahead)
+    _advance_original(job, index, ahead)
+    refuse_nonfinite(following, f"{name} of the original model", job)
+
     block = quantize_block(skeleton, index, job.plan, streams, job.dtype, report)
     run = run_quantized(skeleton, index, block, job.dtype)
-    original = skeleton.load_block(index, job.dtype)
-
     advance(streams.probe_quantized, run, skeleton.device)
-    advance(streams.probe_original, run_original, skeleton.device)
+    refuse_nonfinite(streams.probe_quantized, f"{name} of the quantized model", job)
+    streams.probe_original = following
     if streams.quantized is not None:
         advance(streams.quantized, run, skeleton.device)
     if streams.ahead is not None:
         streams.original, streams.ahead = streams.ahead, None
     elif streams.original is not None:
-        advance(streams.original, run_original, skeleton.device)
-    name = skeleton.block_name(index)
-    refuse_nonfinite(streams.probe_original, f"{name} of the original model", job)
-    refuse_nonfinite(streams.probe_quantized, f"{name} of the quantized model", job)
+        _advance_original(job, index, [streams.original])
     return block
+
+
+@torch.no_grad()
+def _advance_original(job: Job, index: int, streams: Iterable[Tensor]) -> None:
+    """Replace streams by what the original's block makes of them, in place."""
+    weights = job.skeleton.load_block(index, job.dtype)
+    for stream in streams:
+        advance(stream, partial(job.skeleton.run, index, weights), job.skeleton.device)
 
 
 def refuse_nonfinite(values: Tensor, what: str, job: Job) -> None:
