@@ -248,4 +248,5 @@ def test_a_dry_run_counts_it(checkpoint: Zoo, tmp_path: Path, ids: Path) -> None
     ]
     assert said[1].disk_bytes > said[0].disk_bytes
     assert said[1].seconds > said[0].seconds
-    assert said[1].size_bytes == said[0].size_bytes
+    # The weights take the same; only the report has more to say.
+    assert 0 <= said[1].size_bytes - said[0].size_bytes < 1_000

@@ -86,10 +86,12 @@ def test_the_choice_is_the_best_there_is(make: Any) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "opt", "qwen2"])
 @pytest.mark.parametrize("scheme", ["w4a16g32", "w8a8"])
-def test_size(make: Any, family: str, scheme: str) -> None:
+@pytest.mark.parametrize("method", ["rtn", "auto"])
+def test_size(make: Any, family: str, scheme: str, method: str) -> None:
     """Of all files, embeddings included; and no more is left than a step of one layer would take."""
-    whole = make(family, scheme=scheme, mixed=None, bits=8.6).size_bytes
-    made = make(family, scheme=scheme, fit=whole - 20_000, overwrite=True)
+    asked = {"scheme": scheme, "method": method}
+    whole = make(family, mixed=None, bits=8.6, **asked).size_bytes
+    made = make(family, fit=whole - 20_000, overwrite=True, **asked)
     assert made.size_bytes <= whole - 20_000
     assert made.size_bytes > whole - 20_000 - 16_000
     assert made.size_bytes == sum(file.stat().st_size for file in made.out.iterdir())

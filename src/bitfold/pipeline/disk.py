@@ -13,12 +13,16 @@ from bitfold.numerics import QuantizedTensor, TensorScheme, to_groups
 from bitfold.pipeline.job import Job
 from bitfold.pipeline.probe import probe_bytes
 from bitfold.pipeline.workdir import Workdir, existing_parent
+from bitfold.transforms import BlockTransform
 
 __all__ = ["TEXT_OF_A_TENSOR", "artifact_bytes", "check_disk", "weight_bytes", "working_bytes"]
 
 # What index, checksums and headers say of a tensor, and the report of a layer; card, recipe and provenance.
 TEXT_OF_A_TENSOR = 320
 _TEXT = 4_000
+# What the report says of a transform's fit to a block (with some ten epochs), and of a distillation.
+_TEXT_OF_A_FIT = 1_500
+_TEXT_OF_A_DISTILLATION = 800
 
 
 def artifact_bytes(job: Job) -> int:
@@ -44,7 +48,11 @@ def artifact_bytes(job: Job) -> int:
     companions = sum(file.stat().st_size for file in companion_files(job.source))
     windows, length = job.probe.shape
     probe = probe_bytes(windows, length, job.skeleton.config.vocab_size)
-    text = tensors * TEXT_OF_A_TENSOR + _TEXT
+    recipe = job.plan.recipe
+    fits = sum(isinstance(part, BlockTransform) for part in recipe.transforms)
+    text = tensors * TEXT_OF_A_TENSOR + _TEXT + fits * len(job.skeleton.blocks) * _TEXT_OF_A_FIT
+    if recipe.distillation is not None:
+        text += _TEXT_OF_A_DISTILLATION
     if job.allocation is not None:
         # Rules for each layer are written out in the recipe, and the search in the report.
         text += len(job.plan.recipe.to_yaml()) + len(json.dumps(job.allocation, indent=4))
