@@ -20,6 +20,7 @@ from bitfold.data import (
     random_windows,
 )
 from bitfold.errors import DataError, OutputError, RecipeError
+from bitfold.methods import AUTO
 from bitfold.models.checkpoint import Checkpoint
 from bitfold.models.skeleton import Skeleton
 from bitfold.pipeline.plan import Plan, make_plan
@@ -193,7 +194,7 @@ def _check_windows(recipe: Recipe, data: Calibration) -> None:
     if recipe.distillation is not None and data.tokens.shape[0] < 2:
         raise DataError(
             f"The calibration ({data.source}) is one window, and distillation trains on some and is judged by others: "
-            "give more --samples, more text, or leave out distil."
+            f"give more --samples, more text, or {'--effort low' if recipe.method == AUTO else 'leave out distil'}."
         )
 
 
