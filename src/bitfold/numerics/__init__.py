@@ -1,6 +1,7 @@
 """Grids, schemes, quantize/dequantize, bit packing: pure functions on tensors."""
 
 from bitfold.numerics.blocks import blocks_product, linear_blocks
+from bitfold.numerics.fp4 import global_scale, scale_dtype_of
 from bitfold.numerics.packing import pack, packed_width, unpack
 from bitfold.numerics.quantize import (
     dequantize,
@@ -12,7 +13,7 @@ from bitfold.numerics.quantize import (
     to_groups,
 )
 from bitfold.numerics.scheme import Scheme, TensorScheme
-from bitfold.numerics.tensor import QuantizedTensor
+from bitfold.numerics.tensor import QuantizedTensor, sharing_global_scale
 
 __all__ = [
     "QuantizedTensor",
@@ -23,11 +24,14 @@ __all__ = [
     "fake_quantize",
     "fake_quantize_dynamic",
     "from_groups",
+    "global_scale",
     "linear_blocks",
     "pack",
     "packed_width",
     "quantize",
     "scale_and_zero",
+    "scale_dtype_of",
+    "sharing_global_scale",
     "to_groups",
     "unpack",
 ]

@@ -13,6 +13,13 @@ import torch
 from torch import Tensor
 
 from bitfold.errors import RecipeError
+from bitfold.numerics.fp4 import (
+    fp4_codes,
+    fp4_scale,
+    fp4_scale_dynamic,
+    fp4_values,
+    round_to_fp4,
+)
 from bitfold.numerics.scheme import TensorScheme
 
 __all__ = [
@@ -70,13 +77,15 @@ def scale_and_zero(
 ) -> tuple[Tensor, Tensor | None]:
     """Scale and zero-point of a range, shapes [..., 1] like the limits.
 
-    The range is widened to contain 0. `scale_dtype` rounds the scale to the precision in which it will be
+    The range is widened to contain 0; of fp4 grids the limits are those of a whole tensor. `scale_dtype` rounds the scale to the precision in which it will be
     stored, *before* the zero-point and the codes are made, so that nothing is lost in storage.
     The zero-point is None for symmetric grids, else integer values in floating point.
     """
     constant = (minimum == maximum) & (minimum != 0)
     value = minimum.abs()
     minimum, maximum = minimum.clamp(max=0), maximum.clamp(min=0)
+    if scheme.fp4:
+        return fp4_scale(torch.maximum(-minimum, maximum), scheme), None
     if scheme.grid == "nf4":
         scale = torch.maximum(-minimum, maximum)
     elif scheme.grid == "fp8_e4m3":
@@ -103,13 +112,15 @@ def scale_and_zero(
 
 
 def code_dtype(scheme: TensorScheme) -> torch.dtype:
-    """dtype in which codes are held in memory: int8, float8 for fp8, uint8 indices for nf4."""
-    return {"int": torch.int8, "fp8_e4m3": torch.float8_e4m3fn, "nf4": torch.uint8}[scheme.grid]
+    """dtype in which codes are held in memory: int8, float8 for fp8, uint8 indices for nf4, mxfp4 and nvfp4."""
+    return {"int": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}.get(scheme.grid, torch.uint8)
 
 
 def quantize(groups: Tensor, scale: Tensor, zero: Tensor | None, scheme: TensorScheme) -> Tensor:
     """Codes of grouped values, dtype `code_dtype(scheme)`, shape of `groups`."""
     scaled = groups / scale
+    if scheme.fp4:
+        return fp4_codes(scaled)
     if scheme.grid == "nf4":
         levels = torch.tensor(NF4_LEVELS, dtype=scaled.dtype, device=scaled.device)
         return torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
@@ -122,6 +133,8 @@ def quantize(groups: Tensor, scale: Tensor, zero: Tensor | None, scheme: TensorS
 
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None, scheme: TensorScheme) -> Tensor:
     """Values of grouped codes in the dtype of `scale`."""
+    if scheme.fp4:
+        return fp4_values(codes, scale.dtype).mul_(scale)
     if scheme.grid == "nf4":
         return torch.tensor(NF4_LEVELS, dtype=scale.dtype, device=scale.device)[codes.int()] * scale
     values = codes.to(scale.dtype)
@@ -134,6 +147,8 @@ def fake_quantize(
     groups: Tensor, scale: Tensor, zero: Tensor | None, scheme: TensorScheme
 ) -> Tensor:
     """Quantize and dequantize without leaving floating point; same shape and dtype as `groups`."""
+    if scheme.fp4:
+        return round_to_fp4(groups / scale).mul_(scale).to(groups.dtype)
     if scheme.grid != "int":
         return dequantize(quantize(groups, scale, zero, scheme), scale, None, scheme)
     values = groups / scale
@@ -145,13 +160,21 @@ def fake_quantize(
     return values.mul_(scale)
 
 
-def fake_quantize_dynamic(x: Tensor, scheme: TensorScheme) -> Tensor:
+def fake_quantize_dynamic(
+    x: Tensor, scheme: TensorScheme, global_scale: Tensor | None = None
+) -> Tensor:
     """Fake quantization with the min-max range of what it is given; same shape and dtype as x.
+
+    global_scale: [1], float32, of the grid nvfp4.
 
     What compressed-tensors computes at run time, to the bit and in every dtype, so that an artifact
     gives the logits of the simulation: here, unlike in a weight, a constant group is not special.
     """
     groups = to_groups(x, scheme)
+    if scheme.fp4:
+        largest = groups.abs().amax(dim=-1, keepdim=True)
+        scale = fp4_scale_dynamic(largest, scheme, global_scale)
+        return from_groups(fake_quantize(groups, scale, None, scheme), x.shape)
     scale, zero = _dynamic_scale_and_zero(groups, scheme)
     return from_groups(fake_quantize(groups, scale, zero, scheme), x.shape)
 

@@ -9,10 +9,12 @@ from bitfold.errors import RecipeError
 
 __all__ = ["GridName", "Scheme", "TensorScheme"]
 
-GridName = Literal["int", "fp8_e4m3", "nf4"]
+GridName = Literal["int", "fp8_e4m3", "nf4", "mxfp4", "nvfp4"]
 Granularity = Literal["tensor", "channel", "group", "token"]
 
-_FIXED_BITS = {"fp8_e4m3": 8, "nf4": 4}
+_FIXED_BITS = {"fp8_e4m3": 8, "nf4": 4, "mxfp4": 4, "nvfp4": 4}
+# Grids whose definition says how many consecutive inputs share a scale.
+_FIXED_GROUPS = {"mxfp4": 32, "nvfp4": 16}
 
 
 class TensorScheme(BaseModel):
@@ -21,6 +23,7 @@ class TensorScheme(BaseModel):
     `granularity` names the elements that share one scale: all of them (`tensor`), a row of a weight
     (`channel`), `group_size` consecutive inputs of a row (`group`), or the last axis of an activation
     (`token`; for queries, keys and values of shape [batch, head, token, head_dim] that is per token and head).
+    The grids `mxfp4` and `nvfp4` have groups of 32 and 16.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,6 +46,13 @@ class TensorScheme(BaseModel):
             raise ValueError("narrow=true belongs to symmetric integer grids")
         if (self.granularity == "group") != (self.group_size is not None):
             raise ValueError("group_size goes with granularity=group, and only with it")
+        if self.fp4 and self.static:
+            raise ValueError(f"grid {self.grid} finds a group's scale as it runs: leave out static")
+        size = _FIXED_GROUPS.get(self.grid, self.group_size)
+        if self.group_size != size:
+            raise ValueError(
+                f"grid {self.grid} has one scale for every {size} inputs: set granularity=group and group_size={size}"
+            )
         if self.granularity == "token" and self.static:
             raise ValueError("a scale per token is dynamic: set granularity=tensor for static=true")
         return self
@@ -57,6 +67,16 @@ class TensorScheme(BaseModel):
         """Largest integer code."""
         return 2 ** (self.bits - 1) - 1
 
+    @property
+    def fp4(self) -> bool:
+        """Whether the grid is of 4-bit floating point numbers, `mxfp4` or `nvfp4` (`numerics/fp4.py`)."""
+        return self.grid in _FIXED_GROUPS
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether an activation needs something of calibration text: its range, or the global scale of nvfp4."""
+        return self.static or self.grid == "nvfp4"
+
     def describe(self) -> str:
         """A few words for a table.
 
@@ -69,7 +89,7 @@ class TensorScheme(BaseModel):
         return f"{grid} {sign}, {'static ' if self.static else ''}{where}"
 
 
-_WIDTH = r"(\d+|fp8|nf4)"
+_WIDTH = r"(\d+|fp8|nf4|mxfp4|nvfp4)"
 _NOTATION = re.compile(rf"w{_WIDTH}a{_WIDTH}(?:q{_WIDTH})?(?:kv{_WIDTH})?(?:g(\d+))?")
 
 
@@ -92,6 +112,10 @@ class Scheme(BaseModel):
             part: TensorScheme | None = getattr(self, name)
             if part is not None and part.granularity == "channel":
                 raise ValueError(f"the {name} has no scale per channel: set granularity=token")
+            if part is not None and part.grid == "nvfp4":
+                raise ValueError(
+                    f"the {name} has no global scale, which nvfp4 takes from calibration text: choose mxfp4"
+                )
         return self
 
     @classmethod
@@ -99,8 +123,8 @@ class Scheme(BaseModel):
         """Read `w<bits>a<bits>[q<bits>][kv<bits>][g<group>]`; 16 leaves a tensor alone.
 
         Weights are asymmetric; activations dynamic, per token, symmetric at 8 bits and asymmetric below;
-        queries, keys and values per token and head, asymmetric, dynamic. `fp8` and `nf4` stand for the
-        grids of that name.
+        queries, keys and values per token and head, asymmetric, dynamic. `fp8`, `nf4`, `mxfp4` and `nvfp4` stand
+        for the grids of that name; the last two bring their groups with them.
 
         >>> Scheme.parse("w4a16g128").weight.describe()
         'int4 asymmetric, group 128'
@@ -148,7 +172,8 @@ class Scheme(BaseModel):
             text += f"q{_width(self.query)}"
         if self.key is not None or self.value is not None:
             text += f"kv{_width(self.key or self.value)}"
-        if self.weight is not None and self.weight.group_size is not None:
+        weight = self.weight
+        if weight is not None and weight.group_size is not None and not weight.fp4:
             text += f"g{self.weight.group_size}"
         return text
 
@@ -161,21 +186,25 @@ class Scheme(BaseModel):
 def _width(scheme: TensorScheme | None) -> str:
     if scheme is None:
         return "16"
-    return {"int": str(scheme.bits), "fp8_e4m3": "fp8", "nf4": "nf4"}[scheme.grid]
+    return {"int": str(scheme.bits), "fp8_e4m3": "fp8"}.get(scheme.grid, scheme.grid)
 
 
 def _grid(width: str) -> dict[str, object]:
-    named: dict[str, GridName] = {"fp8": "fp8_e4m3", "nf4": "nf4"}
-    if width in named:
-        return {"grid": named[width], "bits": _FIXED_BITS[named[width]], "symmetric": True}
-    return {"bits": int(width)}
+    """Of a scheme what a width of the notation says."""
+    if width.isdigit():
+        return {"bits": int(width)}
+    grid = {"fp8": "fp8_e4m3"}.get(width, width)
+    fields: dict[str, object] = {"grid": grid, "bits": _FIXED_BITS[grid], "symmetric": True}
+    if grid in _FIXED_GROUPS:
+        fields |= {"granularity": "group", "group_size": _FIXED_GROUPS[grid]}
+    return fields
 
 
 def _weight(width: str, group: int | None) -> TensorScheme | None:
     if width == "16":
         return None
-    where = {"granularity": "channel" if group is None else "group", "group_size": group}
-    return TensorScheme.model_validate({"symmetric": False} | where | _grid(width))
+    asked = {} if group is None else {"granularity": "group", "group_size": group}
+    return TensorScheme.model_validate({"symmetric": False} | _grid(width) | asked)
 
 
 def _activation(width: str | None, *, symmetric_at_8: bool) -> TensorScheme | None:

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitfold.numerics.quantize import dequantize as _dequantize
-from bitfold.numerics.quantize import from_groups, quantize, scale_and_zero, to_groups
+from bitfold.numerics.quantize import fake_quantize, from_groups, scale_and_zero, to_groups
 from bitfold.numerics.scheme import TensorScheme
 
 __all__ = ["fake_quantize_trainable", "onto_larger", "steps_of"]
@@ -48,14 +47,13 @@ def fake_quantize_trainable(
 
 
 def _through_other_grids(groups: Tensor, ratios: Ratios | None, scheme: TensorScheme) -> Tensor:
-    """fp8 and nf4: no gradient through the range."""
+    """fp8, nf4, mxfp4 and nvfp4: no gradient through the range."""
     values = groups.detach()
     minimum, maximum = values.amin(dim=-1, keepdim=True), values.amax(dim=-1, keepdim=True)
     if ratios is not None:
         minimum, maximum = minimum * ratios[0].detach(), maximum * ratios[1].detach()
     scale, _ = scale_and_zero(minimum, maximum, scheme)
-    rounded = _dequantize(quantize(values, scale, None, scheme), scale, None, scheme)
-    return groups + (rounded - values)
+    return groups + (fake_quantize(values, scale, None, scheme) - values)
 
 
 class _Through(torch.autograd.Function):

@@ -73,8 +73,7 @@ class _Dequantize(torch.autograd.Function):
         ctx.tensor = tensor
         ctx.save_for_backward(scale, position)
         stored = scale.to(tensor.scale.dtype)
-        changed = QuantizedTensor(tensor.codes, stored, tensor.zero, tensor.scheme)
-        return changed.dequantize(computed_in).to(dtype)
+        return replace(tensor, scale=stored).dequantize(computed_in).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

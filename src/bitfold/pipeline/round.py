@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from bitfold.models.skeleton import Skeleton
-from bitfold.numerics import QuantizedTensor, TensorScheme, to_groups
+from bitfold.numerics import QuantizedTensor, TensorScheme, sharing_global_scale, to_groups
 from bitfold.part import Need
 from bitfold.pipeline.hooks import InputQuantizer
 from bitfold.pipeline.measure import input_statistics
@@ -68,8 +68,9 @@ def round_block(
         else:
             result = rounding.solve(layers, plan.storage, statistics)
             notes += result.notes
-        found |= result.tensors
-        for name, tensor in result.tensors.items():
+        tensors = sharing_global_scale(result.tensors)
+        found |= tensors
+        for name, tensor in tensors.items():
             key, dtype = f"{name}.weight", folded[f"{name}.weight"].dtype
             weights[key] = tensor.dequantize(plan.unpacked_in or dtype).to(dtype)
     if isinstance(rounding, BlockRounding):

@@ -75,16 +75,15 @@ def check_shard(
     stored = block_from_tensors(skeleton, index, plan, load_file(file))
     for name, tensor in block.tensors.items():
         other = stored.tensors[name]
-        same = _equal(tensor.codes, other.codes) and _equal(tensor.scale, other.scale)
-        same = same and (tensor.zero is None) == (other.zero is None)
-        if tensor.zero is not None and other.zero is not None:
-            same = same and _equal(tensor.zero, other.zero)
-        if not same:
+        parts = ("codes", "scale", "zero", "global_scale")
+        if not all(_equal(getattr(tensor, part), getattr(other, part)) for part in parts):
             raise VerificationError(
                 f"{skeleton.block_name(index)}.{name} read back from {file} is not what was written: "
                 "the disk or the format is at fault; nothing was published."
             )
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
     return a.dtype == b.dtype and torch.equal(a.cpu().view(torch.uint8), b.cpu().view(torch.uint8))

@@ -9,7 +9,7 @@ which moves what is not rounded yet to the least-squares optimum given all that 
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -165,12 +165,7 @@ def spread_error(
         if drift is not None:
             rest[:, stop:] += current @ drift[start:stop, stop:]
     scale, zero = scale_and_zero(*layer.limits, scheme, scale_dtype)
-    return QuantizedTensor(
-        codes,
-        scale.flatten(1).to(scale_dtype),
-        None if zero is None else zero.flatten(1).to(torch.int8),
-        scheme,
-    )
+    return QuantizedTensor.from_codes(codes, scale, zero, scheme, scale_dtype)
 
 
 def groups_of_columns(layer: Layer, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor | None, int]:
@@ -206,4 +201,4 @@ def _better_rows(
         return (product * difference).sum(dim=1, keepdim=True)
 
     codes = torch.where(error(found) <= error(nearest), found.codes, nearest.codes)
-    return QuantizedTensor(codes, found.scale, found.zero, found.scheme)
+    return replace(found, codes=codes)

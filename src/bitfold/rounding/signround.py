@@ -102,12 +102,8 @@ class _Offsets:
         if zero is not None:
             codes += zero
         codes = codes.clamp_(scheme.qmin, scheme.qmax).round_().to(torch.int8)
-        return QuantizedTensor(
-            codes=from_groups(codes, self.layer.weight.shape),
-            scale=scale.flatten(1).to(scale_dtype),
-            zero=None if zero is None else zero.flatten(1).to(torch.int8),
-            scheme=scheme,
-        )
+        codes = from_groups(codes, self.layer.weight.shape)
+        return QuantizedTensor.from_codes(codes, scale, zero, scheme, scale_dtype)
 
 
 class _Rounded(torch.autograd.Function):
