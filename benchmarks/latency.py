@@ -180,7 +180,7 @@ def dense(model: "PreTrainedModel") -> "PreTrainedModel":
             continue
         if module.scheme.activation is not None:
             raise SystemExit("activations are quantized when the model runs: give a w…a16 scheme")
-        weight = module.dequantize()
+        weight = module.dequantize(model.dtype)
         rows, columns = weight.shape
         linear = nn.Linear(columns, rows, bias=False, device="meta", dtype=weight.dtype)
         linear.weight = nn.Parameter(weight, requires_grad=False)

@@ -240,13 +240,13 @@ class Recipe(BaseModel):
         parts: list[Part] = [*self.transforms, *self.corrections, self.weight_range, self.rounding]
         parts += [] if self.distillation is None else [self.distillation]
         needs = frozenset[Need]().union(*(part.needs for part in parts))
-        return needs | ({"rows", "channels"} if self.static_activations else set())
+        return needs | ({"rows", "channels"} if self.calibrates_activations else set())
 
     @property
-    def static_activations(self) -> bool:
-        """Whether an activation range has to be calibrated."""
+    def calibrates_activations(self) -> bool:
+        """Whether an activation's range, or its global scale, has to be calibrated."""
         schemes = (self.scheme, *(rule.scheme for rule in self.layers))
-        return any(s.activation is not None and s.activation.static for s in schemes)
+        return any(s.activation is not None and s.activation.calibrated for s in schemes)
 
     @property
     def calibrates(self) -> bool:

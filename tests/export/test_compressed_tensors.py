@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ from tiny_artifacts import (
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import bitfold
 from bitfold.export import compressed_tensors
 from bitfold.export.layout import Choice, LayerEntry, Layout, Refusal
 from bitfold.numerics import QuantizedTensor, Scheme, TensorScheme
@@ -42,6 +44,7 @@ FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 
 PER_TENSOR = TensorScheme(bits=4, symmetric=False, granularity="tensor")
 PACKED, ONE_BYTE, FLOAT = "pack-quantized", "int-quantized", "float-quantized"
+MXFP4, NVFP4 = ("mxfp4-pack-quantized", "group"), ("nvfp4-pack-quantized", "tensor_group")
 
 # name: (schemes, (format, strategy of its scales) of the layers, whether it is dequantized at once)
 CASES: dict[str, tuple[SchemeOf, set[tuple[str, str]], bool]] = {
@@ -115,6 +118,17 @@ CASES: dict[str, tuple[SchemeOf, set[tuple[str, str]], bool]] = {
         False,
     ),
     "wfp8a8": (everywhere(scheme("wfp8a8")), {(FLOAT, "channel")}, False),
+    "wmxfp4a16": (everywhere(scheme("wmxfp4a16")), {MXFP4}, True),
+    "wnvfp4a16": (everywhere(scheme("wnvfp4a16")), {NVFP4}, True),
+    "w16amxfp4": (everywhere(scheme("w16amxfp4")), {("dense", "")}, False),
+    "w16anvfp4": (everywhere(scheme("w16anvfp4")), {("dense", "")}, False),
+    "w4amxfp4 symmetric": (
+        everywhere(scheme("w4amxfp4", symmetric=True)),
+        {(PACKED, "channel")},
+        False,
+    ),
+    "w4anvfp4g32": (everywhere(scheme("w4anvfp4g32")), {(PACKED, "block")}, False),
+    "wnvfp4a16 and w16a16": (by_kind(scheme("wnvfp4a16"), Scheme()), {NVFP4}, True),
     "w4a16 and w8a8": (
         by_kind(scheme("w4a16"), scheme("w8a8")),
         {(PACKED, "block"), (ONE_BYTE, "channel")},
@@ -169,6 +183,51 @@ def test_loads_exactly(
     assert choice.dequantize == dequantize
 
 
+# Weights that come out in bfloat16 whatever the model runs in: said only of a checkpoint in bfloat16.
+IN_BFLOAT16: dict[str, tuple[SchemeOf, set[tuple[str, str]]]] = {
+    "wmxfp4amxfp4": (everywhere(scheme("wmxfp4amxfp4")), {MXFP4}),
+    "wnvfp4anvfp4": (everywhere(scheme("wnvfp4anvfp4")), {NVFP4}),
+    "wmxfp4a8": (everywhere(scheme("wmxfp4a8")), {MXFP4}),
+    "wnvfp4afp8 static": (everywhere(scheme("wnvfp4afp8", static=True)), {NVFP4}),
+    "wnvfp4a16q4kv4": (everywhere(scheme("wnvfp4a16q4kv4")), {NVFP4}),
+    "wmxfp4a16 and w4a16g32": (
+        by_kind(scheme("wmxfp4a16"), scheme("w4a16g32", symmetric=True)),
+        {MXFP4, (PACKED, "group")},
+    ),
+    "wmxfp4amxfp4 and wnvfp4anvfp4": (
+        by_depth(scheme("wmxfp4amxfp4"), scheme("wnvfp4anvfp4")),
+        {MXFP4, NVFP4},
+    ),
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "qwen2"])
+@pytest.mark.parametrize("case", IN_BFLOAT16)
+def test_loads_exactly_in_bfloat16(
+    case: str, family: str, checkpoint: Zoo, tmp_path: Path
+) -> None:
+    scheme_of, formats = IN_BFLOAT16[case]
+    choice = assert_exact(
+        quantize(checkpoint(family, BFLOAT16), scheme_of), tmp_path / "artifact", BFLOAT16
+    )
+    assert {(form.name, form.strategy) for form in choice.formats.values()} == formats
+    assert not choice.dequantize
+    # bitfold's own loader casts them to the dtype that it is asked for.
+    quantized = quantize(checkpoint(family, BFLOAT16), scheme_of)
+    loaded = logits(bitfold.load(tmp_path / "artifact", dtype="float32"))
+    assert torch.equal(loaded, logits(simulate(quantized, choice, FLOAT32)))
+
+
+@pytest.mark.parametrize("case", IN_BFLOAT16)
+@pytest.mark.parametrize("storage", [torch.float32, torch.float16])
+def test_refuses_what_only_bfloat16_can_run(case: str, storage: torch.dtype) -> None:
+    layout = replace(tiny_layout(IN_BFLOAT16[case][0]), storage=storage)
+    answer = compressed_tensors.choose(layout)
+    assert isinstance(answer, Refusal)
+    assert f"this checkpoint is in {str(storage)[6:]} (model.layers.0.self_attn" in answer.reason
+    assert isinstance(compressed_tensors.choose(replace(layout, storage=BFLOAT16)), Choice)
+
+
 @pytest.mark.parametrize("family", ["mistral", "qwen3", "gemma", "opt-350m"])
 @pytest.mark.parametrize("case", ["w4a16g32", "w4a4q4kv4", "w4a16kv4"])
 def test_other_families(case: str, family: str, checkpoint: Zoo, tmp_path: Path) -> None:
@@ -176,7 +235,9 @@ def test_other_families(case: str, family: str, checkpoint: Zoo, tmp_path: Path)
     assert_exact(quantized, tmp_path / "artifact", FLOAT32)
 
 
-@pytest.mark.parametrize("case", ["w4a16g32", "w4a4q4kv4", "w8a8 static", "wfp8afp8"])
+@pytest.mark.parametrize(
+    "case", ["w4a16g32", "w4a4q4kv4", "w8a8 static", "wfp8afp8", "wnvfp4a16", "wmxfp4a16"]
+)
 def test_bfloat16_checkpoint_in_float32(case: str, checkpoint: Zoo, tmp_path: Path) -> None:
     quantized = quantize(checkpoint("llama", BFLOAT16), CASES[case][0])
     assert_exact(quantized, tmp_path / "artifact", FLOAT32)
@@ -235,6 +296,8 @@ def test_without_bitfold(checkpoint: Zoo, tmp_path: Path) -> None:
         ("qwen2", "w8a8 static", FLOAT32),
         ("opt", "w4a4q4kv4", BFLOAT16),
         ("opt", "w3a16g32 symmetric", FLOAT32),
+        ("llama", "wnvfp4a16", FLOAT32),
+        ("qwen2", "wmxfp4a16", BFLOAT16),
     ]:
         quantized = quantize(checkpoint(family, dtype), CASES[case][0])
         out = tmp_path / f"{family} {case}"
@@ -264,6 +327,7 @@ REFUSED = {
         everywhere(Scheme(key=PER_TENSOR, value=PER_TENSOR)),
         "keys and values per token",
     ),
+    "keys in mxfp4": (everywhere(scheme("w4a16kvmxfp4")), "mxfp4 for weights and inputs only"),
     "narrow activation": (
         everywhere(
             Scheme(activation=TensorScheme(bits=8, narrow=True, granularity="token")),
@@ -343,10 +407,11 @@ def test_extra_config() -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(weights(["int", "int", "fp8_e4m3"]), st.booleans())
+@given(weights(["int", "int", "fp8_e4m3", "mxfp4", "nvfp4"]), st.booleans())
 def test_tensors_come_back(tensor: QuantizedTensor, with_activation: bool) -> None:
     scheme = Scheme(weight=tensor.scheme, activation=TOKEN8 if with_activation else None)
-    choice = compressed_tensors.choose(Layout({"layer": LayerEntry(scheme, tensor.shape[1])}))
+    layout = Layout({"layer": LayerEntry(scheme, tensor.shape[1])}, storage=BFLOAT16)
+    choice = compressed_tensors.choose(layout)
     assert isinstance(choice, Choice)
     form = choice.formats["layer"]
     tensors = compressed_tensors.to_tensors("layer", tensor, form)

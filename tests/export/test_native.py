@@ -57,6 +57,10 @@ CASES: dict[str, SchemeOf] = {
     "nf4 and w4a4 static": by_kind(scheme("wnf4a16"), scheme("w4a4", static=True)),
     "fp8 and w8a8 static": by_kind(scheme("wfp8afp8"), scheme("w8a8", symmetric=True, static=True)),
     "w4a8 per tensor": everywhere(Scheme(weight=PER_TENSOR, activation=TOKEN8)),
+    "wmxfp4amxfp4": everywhere(scheme("wmxfp4amxfp4")),
+    "wnvfp4anvfp4": everywhere(scheme("wnvfp4anvfp4")),
+    "wnf4amxfp4": everywhere(scheme("wnf4amxfp4")),
+    "wmxfp4a16kvnf4": everywhere(scheme("wmxfp4a16kvnf4")),
     "w2a16 and w16a8": by_kind(scheme("w2a16"), scheme("w16a8")),
 }
 
@@ -81,8 +85,9 @@ def test_loads_exactly(
         assert (loaded - logits(weights_only)).abs().max() > 0.02
 
 
-def test_bfloat16_checkpoint_in_float32(checkpoint: Zoo, tmp_path: Path) -> None:
-    quantized = quantize(checkpoint("llama", BFLOAT16), CASES["nf4 and w4a4 static"])
+@pytest.mark.parametrize("case", ["nf4 and w4a4 static", "wmxfp4amxfp4", "wnvfp4anvfp4"])
+def test_bfloat16_checkpoint_in_float32(case: str, checkpoint: Zoo, tmp_path: Path) -> None:
+    quantized = quantize(checkpoint("llama", BFLOAT16), CASES[case])
     choice = write(quantized, tmp_path / "artifact", native)
     loaded = load(tmp_path / "artifact", dtype=FLOAT32, device_map={"": "cpu"})
     assert torch.equal(logits(loaded), logits(simulate(quantized, choice, FLOAT32)))
@@ -256,7 +261,7 @@ def test_config_comes_back() -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(weights(["int", "int", "fp8_e4m3", "nf4"]))
+@given(weights(["int", "int", "fp8_e4m3", "nf4", "mxfp4", "nvfp4"]))
 def test_tensors_come_back(tensor: QuantizedTensor) -> None:
     form = WeightFormat(native.NAME, tensor.scheme.granularity)
     tensors = native.to_tensors("layer", tensor, form)

@@ -21,7 +21,15 @@ from bitfold.export.layout import (
     Refusal,
     input_tensors,
 )
-from bitfold.numerics import QuantizedTensor, Scheme, TensorScheme, scale_and_zero, to_groups
+from bitfold.numerics import (
+    QuantizedTensor,
+    Scheme,
+    TensorScheme,
+    global_scale,
+    scale_and_zero,
+    scale_dtype_of,
+    to_groups,
+)
 from bitfold.numerics.scheme import GridName
 from bitfold.runtime.activation import quantize_input
 from bitfold.runtime.attention import ATTENTION, HeadQuantizers, set_head_quantizers
@@ -130,7 +138,7 @@ def _layout_of(model: PreTrainedModel, scheme_of: SchemeOf) -> Layout:
             else:
                 linears[name] = LayerEntry(wanted, module.in_features)
     flattened = ("fc1", "fc2") if model.config.model_type == "opt" else ()
-    return Layout(linears, attention, unquantized, flattened)
+    return Layout(linears, attention, unquantized, flattened, storage=model.dtype)
 
 
 def _round(weight: Tensor, scheme: TensorScheme) -> QuantizedTensor:
@@ -156,8 +164,10 @@ def _calibrate(model: PreTrainedModel, layout: Layout) -> Layout:
 
 def _with_range(entry: LayerEntry, x: Tensor) -> LayerEntry:
     scheme = entry.scheme.activation
-    if scheme is None or not scheme.static:
+    if scheme is None or not scheme.calibrated:
         return entry
+    if not scheme.static:
+        return replace(entry, input_scale=global_scale(0.75 * x.abs()))
     low, high = (0.75 * limit.reshape(1) for limit in x.float().aminmax())
     scale, zero = scale_and_zero(low, high, scheme, scale_dtype=x.dtype)
     return replace(
@@ -193,17 +203,14 @@ def simulate(quantized: Quantized, choice: Choice, dtype: torch.dtype) -> PreTra
         quantized.checkpoint, attn_implementation=ATTENTION, dtype=dtype
     ).eval()
     for name, tensor in quantized.weights.items():
-        model.get_submodule(name).weight.data = _dequantized(tensor, choice, dtype)
+        unpacked_in = quantized.layout.storage if choice.dequantize else dtype
+        model.get_submodule(name).weight.data = tensor.dequantize(unpacked_in).to(dtype)
     for name, entry in quantized.layout.linears.items():
         if entry.scheme.activation is not None:
             model.get_submodule(name).register_forward_pre_hook(_input_hook(entry))
     for name, attention in quantized.layout.attention.items():
         set_head_quantizers(model.get_submodule(name), HeadQuantizers.of(attention.scheme))
     return model
-
-
-def _dequantized(tensor: QuantizedTensor, choice: Choice, dtype: torch.dtype) -> Tensor:
-    return tensor.dequantize(tensor.scale.dtype if choice.dequantize else dtype).to(dtype)
 
 
 def _input_hook(entry: LayerEntry) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor]]:
@@ -248,13 +255,16 @@ def logits(model: PreTrainedModel) -> Tensor:
 @st.composite
 def weights(draw: st.DrawFn, grids: Sequence[GridName]) -> QuantizedTensor:
     """Random codes, scales and zero-points of a random scheme."""
-    granularity = draw(st.sampled_from(["tensor", "channel", "group"]))
-    size = draw(st.sampled_from([2, 3, 8, 32]))
-    rows, columns = draw(st.integers(1, 70)), size * draw(st.integers(1, 6))
     grid = draw(st.sampled_from(grids))
+    sizes = {"mxfp4": 32, "nvfp4": 16}
+    granularity = "group"
+    if grid not in sizes:
+        granularity = draw(st.sampled_from(["tensor", "channel", "group"]))
+    size = sizes.get(grid) or draw(st.sampled_from([2, 3, 8, 32]))
+    rows, columns = draw(st.integers(1, 70)), size * draw(st.integers(1, 6))
     scheme = TensorScheme(
         grid=grid,
-        bits={"int": draw(st.integers(2, 8)), "fp8_e4m3": 8, "nf4": 4}[grid],
+        bits={"int": draw(st.integers(2, 8)), "fp8_e4m3": 8}.get(grid, 4),
         symmetric=grid != "int" or draw(st.booleans()),
         granularity=granularity,
         group_size=size if granularity == "group" else None,
@@ -268,22 +278,22 @@ def weights(draw: st.DrawFn, grids: Sequence[GridName]) -> QuantizedTensor:
     codes = {
         "int": lambda: random((rows, columns)),
         "fp8_e4m3": lambda: random((rows, columns)).view(torch.float8_e4m3fn),
-        "nf4": lambda: (random((rows, columns)) + 8).to(torch.uint8),
-    }[grid]()
+    }.get(grid, lambda: (random((rows, columns)) + 8).to(torch.uint8))()
     shape = {"tensor": (1, 1), "channel": (rows, 1), "group": (rows, columns // size)}[granularity]
-    scale = torch.rand(shape, generator=generator)
+    storage = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
     return QuantizedTensor(
         codes,
-        scale.to(draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))),
+        torch.rand(shape, generator=generator).to(scale_dtype_of(scheme, storage)),
         None if scheme.symmetric else random(shape),
         scheme,
+        torch.tensor([2.0 ** draw(st.integers(-9, 9))]) if grid == "nvfp4" else None,
     )
 
 
 def assert_same_tensor(left: QuantizedTensor, right: QuantizedTensor) -> None:
     """Same values in the same dtypes, to the bit."""
     assert left.scheme == right.scheme
-    for name in ("codes", "scale", "zero"):
+    for name in ("codes", "scale", "zero", "global_scale"):
         a, b = getattr(left, name), getattr(right, name)
         assert (a is None) == (b is None)
         if a is not None:

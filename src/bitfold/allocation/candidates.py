@@ -7,7 +7,7 @@ import torch
 
 from bitfold.errors import RecipeError
 from bitfold.models.family import Family
-from bitfold.numerics import TensorScheme
+from bitfold.numerics import TensorScheme, scale_dtype_of
 
 __all__ = ["Candidate", "LayerGroup", "candidates", "layer_groups", "weight_bits"]
 
@@ -106,8 +106,8 @@ def layer_groups(
 
 
 def weight_bits(shape: Sequence[int], scheme: TensorScheme | None, storage: torch.dtype) -> int:
-    """Bits that a weight [out, in] takes, scales (in the dtype of storage) and zero-points counted: what
-    `QuantizedTensor.bits` will say; of None, those of the dtype of storage."""
+    """Bits that a weight [out, in] takes, scales (in the dtype of storage, or the grid's own) and zero-points counted:
+    what `QuantizedTensor.bits` will say; of None, those of the dtype of storage."""
     outputs, inputs = shape
     if scheme is None:
         return outputs * inputs * storage.itemsize * 8
@@ -116,7 +116,9 @@ def weight_bits(shape: Sequence[int], scheme: TensorScheme | None, storage: torc
         assert scheme.group_size is not None
         scales = outputs * (inputs // scheme.group_size)
     zero_bits = 0 if scheme.symmetric else scheme.bits
-    return outputs * inputs * scheme.bits + scales * (storage.itemsize * 8 + zero_bits)
+    scale_bits = scale_dtype_of(scheme, storage).itemsize * 8
+    global_bits = 32 if scheme.grid == "nvfp4" else 0
+    return outputs * inputs * scheme.bits + scales * (scale_bits + zero_bits) + global_bits
 
 
 def _leaves(names: Sequence[str]) -> str:

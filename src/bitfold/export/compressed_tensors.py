@@ -8,6 +8,8 @@ Found by trying transformers 5.23 with compressed-tensors 0.20 (tests/export hol
   quantized, and all weights must have one scheme. vLLM ignores it and has kernels for the rest.
   Or each group is said as a *block* of one row: blocks have unpacked zero-points. vLLM has no
   kernels for those, nor for anything else that asymmetric weights with activations can be said as.
+* mxfp4 and nvfp4 weights come out in bfloat16, exactly, but also where the model runs in another dtype, which then
+  stops at its first product. `dequantize: true` casts them. Without it the checkpoint has to be in bfloat16.
 * `int-quantized`, a byte per weight, is what vLLM wants of 8-bit weights with 8-bit activations.
 * A `token` is a row of [batch, tokens, features], but all of a flattened [tokens, features], and
   the whole window of a query [batch, head, tokens, features]. There, a *group* as wide as the last
@@ -33,6 +35,11 @@ PACKED = "pack-quantized"
 ONE_BYTE = "int-quantized"
 FLOAT = "float-quantized"
 DENSE = "dense"
+# Of a grid: the weights' format and the strategy of its scales, and their dtype.
+FP4 = {
+    "mxfp4": ("mxfp4-pack-quantized", "group", "torch.uint8"),
+    "nvfp4": ("nvfp4-pack-quantized", "tensor_group", "torch.float8_e4m3fn"),
+}
 
 
 def choose(layout: Layout) -> Choice | Refusal:
@@ -45,6 +52,8 @@ def choose(layout: Layout) -> Choice | Refusal:
     if reason := _unsayable_attention(layout):
         return Refusal(reason)
     dequantize = _can_dequantize(layout)
+    if not dequantize and (reason := _unrunnable_fp4(layout)):
+        return Refusal(reason)
     formats = {
         name: _weight_format(entry.scheme, dequantize) for name, entry in layout.linears.items()
     }
@@ -85,12 +94,16 @@ def extra_config(layout: Layout, model_config: Mapping[str, Any]) -> dict[str, A
 def to_tensors(name: str, tensor: QuantizedTensor, format: WeightFormat) -> dict[str, Tensor]:
     """The tensors `NAME.weight…` of one layer's weight [out, in].
 
-    weight_packed: [out, ⌈in·bits/32⌉] int32, with weight_shape: [2] int64; if `pack-quantized`.
+    weight_packed: [out, ⌈in·bits/32⌉] int32, with weight_shape: [2] int64; if `pack-quantized`. Of mxfp4 and nvfp4
+        [out, in/2] uint8, the earlier code in the lower half.
     weight: [out, in], int8 or float8; otherwise.
-    weight_scale: [out, groups] ([1] per tensor), in the scale's dtype.
+    weight_scale: [out, groups] ([1] per tensor), in the scale's dtype; of mxfp4 its bytes, uint8.
+    weight_global_scale: [1] float32, of nvfp4 alone.
     weight_zero_point: [out, groups] ([1] per tensor), int8; or, in `pack-quantized` channels and
         groups, packed along dim 0, [⌈out·bits/32⌉, groups] int32.
     """
+    if tensor.scheme.fp4:
+        return _fp4_to_tensors(name, tensor)
     scale, zero = tensor.scale, tensor.zero
     if format.name == PACKED:
         result = {
@@ -113,6 +126,8 @@ def from_tensors(
     name: str, tensors: Mapping[str, Tensor], scheme: TensorScheme, format: WeightFormat
 ) -> QuantizedTensor:
     """The weight that `to_tensors` wrote; `tensors` may hold others. KeyError if one is missing."""
+    if scheme.fp4:
+        return _fp4_from_tensors(name, tensors, scheme)
     if format.name == PACKED:
         _, columns = tensors[f"{name}.weight_shape"].tolist()
         codes = unpack(tensors[f"{name}.weight_packed"], scheme.bits, columns)
@@ -129,6 +144,27 @@ def from_tensors(
 
 def _packs_zero(format: WeightFormat) -> bool:
     return format.name == PACKED and format.strategy in ("channel", "group")
+
+
+def _fp4_to_tensors(name: str, tensor: QuantizedTensor) -> dict[str, Tensor]:
+    scale = tensor.scale
+    result = {
+        "weight_packed": pack(tensor.codes.to(torch.int8) - 8, 4).view(torch.uint8),
+        "weight_scale": scale.view(torch.uint8) if tensor.scheme.grid == "mxfp4" else scale,
+    }
+    if tensor.global_scale is not None:
+        result["weight_global_scale"] = tensor.global_scale
+    return {f"{name}.{key}": value.contiguous() for key, value in result.items()}
+
+
+def _fp4_from_tensors(
+    name: str, tensors: Mapping[str, Tensor], scheme: TensorScheme
+) -> QuantizedTensor:
+    packed, scale = tensors[f"{name}.weight_packed"], tensors[f"{name}.weight_scale"]
+    codes = (unpack(packed.view(torch.int32), 4, 2 * packed.shape[1]) + 8).to(torch.uint8)
+    if scheme.grid == "mxfp4":
+        return QuantizedTensor(codes, scale.view(torch.float8_e8m0fnu), None, scheme)
+    return QuantizedTensor(codes, scale, None, scheme, tensors[f"{name}.weight_global_scale"])
 
 
 # What can be said
@@ -167,6 +203,8 @@ def _unsayable_attention(layout: Layout) -> str | None:
             return f"it has one scheme for queries, keys and values ({name})"
         if scheme.key is None:
             continue
+        if scheme.key.fp4:
+            return f"it has {scheme.key.grid} for weights and inputs only ({name})"
         if scheme.key.static or scheme.key.granularity not in ("token", "group"):
             return f"it has only dynamic keys and values per token or group ({name})"
         if reason := _unsayable_activation(scheme.key):
@@ -180,11 +218,24 @@ def _unsayable_attention(layout: Layout) -> str | None:
     return None
 
 
+def _unrunnable_fp4(layout: Layout) -> str | None:
+    if layout.storage == torch.bfloat16:
+        return None
+    for name, entry in layout.linears.items():
+        weight = entry.scheme.weight
+        if weight is not None and weight.fp4:
+            return (
+                f"its {weight.grid} weights come out in bfloat16 unless they, all of one scheme, are all that is "
+                f"quantized, and this checkpoint is in {str(layout.storage).removeprefix('torch.')} ({name})"
+            )
+    return None
+
+
 def _can_dequantize(layout: Layout) -> bool:
     weights = {entry.scheme.weight for entry in layout.linears.values()}
     return (
         len(weights) == 1
-        and all(weight is not None and not weight.symmetric for weight in weights)
+        and all(weight is not None and (not weight.symmetric or weight.fp4) for weight in weights)
         and all(entry.scheme.activation is None for entry in layout.linears.values())
         and not any(entry.scheme.quantizes_attention for entry in layout.attention.values())
     )
@@ -194,6 +245,9 @@ def _weight_format(scheme: Scheme, dequantize: bool) -> WeightFormat:
     weight = scheme.weight
     if weight is None:
         return WeightFormat(DENSE, "")
+    if weight.fp4:
+        name, strategy, _ = FP4[weight.grid]
+        return WeightFormat(name, strategy)
     if weight.grid == "fp8_e4m3":
         return WeightFormat(FLOAT, weight.granularity)
     weight_only = dequantize or (weight.symmetric and scheme.activation is None)
@@ -226,7 +280,7 @@ def _weight_args(entry: LayerEntry, format: WeightFormat) -> dict[str, Any] | No
     if weight is None:
         return None
     args = _args(weight) | {"strategy": format.strategy, "dynamic": False}
-    if format.strategy == "group":
+    if weight.fp4 or format.strategy == "group":
         args["group_size"] = weight.group_size
     if format.strategy == "block":
         args["block_structure"] = [1, weight.group_size or entry.in_features]
@@ -238,6 +292,8 @@ def _activation_args(scheme: TensorScheme | None, width: int | None) -> dict[str
     if scheme is None:
         return None
     args = _args(scheme) | {"strategy": scheme.granularity, "dynamic": not scheme.static}
+    if scheme.grid == "nvfp4":
+        args |= {"strategy": FP4["nvfp4"][1], "dynamic": "local"}
     if scheme.granularity == "token" and width is not None:
         args |= {"strategy": "group", "group_size": width}
     if scheme.granularity == "group":
@@ -246,11 +302,12 @@ def _activation_args(scheme: TensorScheme | None, width: int | None) -> dict[str
 
 
 def _args(scheme: TensorScheme) -> dict[str, Any]:
-    return {
+    args = {
         "num_bits": scheme.bits,
-        "type": "float" if scheme.grid == "fp8_e4m3" else "int",
+        "type": "int" if scheme.grid == "int" else "float",
         "symmetric": scheme.symmetric,
     }
+    return args | ({"scale_dtype": FP4[scheme.grid][2]} if scheme.fp4 else {})
 
 
 def _quantizes_queries(layout: Layout) -> bool:

@@ -9,10 +9,11 @@ the tensors of one weight, and `from_tensors(name, tensors, scheme, format)` is 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from bitfold.errors import RecipeError
-from bitfold.numerics import Scheme
+from bitfold.numerics import Scheme, TensorScheme
 
 __all__ = [
     "AttentionEntry",
@@ -22,6 +23,7 @@ __all__ = [
     "OnlineEntry",
     "Refusal",
     "WeightFormat",
+    "input_scale_name",
     "input_tensors",
 ]
 
@@ -30,7 +32,8 @@ __all__ = [
 class LayerEntry:
     """One linear layer; q, k and v in its scheme are ignored (see `AttentionEntry`).
 
-    input_scale: [1], the scale of a static activation; None if dynamic, or not calibrated yet.
+    input_scale: [1], the scale of a static activation, or the global scale of an nvfp4 one, float32; None for others,
+                 or if not calibrated yet.
     input_zero:  [1] int8, its zero-point; None for symmetric grids.
     """
 
@@ -67,6 +70,7 @@ class Layout:
     flattened_inputs: ends of the names of layers that are given [batch·tokens, features] instead of
                       [batch, tokens, features] (OPT: fc1, fc2).
     online:           modules behind which a matrix runs, that nothing absorbs.
+    storage:          dtype of the checkpoint's floating tensors, in which loaders run the model if not told otherwise.
     """
 
     linears: Mapping[str, LayerEntry]
@@ -74,6 +78,7 @@ class Layout:
     unquantized: Collection[str] = ()
     flattened_inputs: Collection[str] = ()
     online: Mapping[str, OnlineEntry] = field(default_factory=dict)
+    storage: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
@@ -104,19 +109,25 @@ class Refusal:
 
 
 def input_tensors(name: str, entry: LayerEntry) -> dict[str, Tensor]:
-    """Of a static activation `NAME.input_scale` and, asymmetric, `NAME.input_zero_point`, each [1].
+    """Of a static activation `NAME.input_scale` and, asymmetric, `NAME.input_zero_point`, each [1]; of an nvfp4 one
+    `NAME.input_global_scale`, [1].
 
     Raises RecipeError when its range was not calibrated.
     """
     activation = entry.scheme.activation
-    if activation is None or not activation.static:
+    if activation is None or not activation.calibrated:
         return {}
     if entry.input_scale is None or (entry.input_zero is None and not activation.symmetric):
         raise RecipeError(
-            f"{name} has static activations without a calibrated range: calibrate it, "
-            "or set activation.static=false."
+            f"{name} has activations that take a range from calibration text, and it is not there: calibrate them, "
+            "or choose a dynamic scheme."
         )
-    tensors = {f"{name}.input_scale": entry.input_scale.reshape(1)}
+    tensors = {f"{name}.{input_scale_name(activation)}": entry.input_scale.reshape(1)}
     if entry.input_zero is not None and not activation.symmetric:
         tensors[f"{name}.input_zero_point"] = entry.input_zero.reshape(1)
     return tensors
+
+
+def input_scale_name(activation: TensorScheme) -> str:
+    """What the scale of `input_tensors` is called behind the layer's name."""
+    return "input_global_scale" if activation.grid == "nvfp4" else "input_scale"

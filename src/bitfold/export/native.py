@@ -16,7 +16,8 @@ from torch import Tensor
 
 from bitfold.errors import CheckpointError
 from bitfold.export.layout import Choice, Layout, OnlineEntry, Refusal, WeightFormat
-from bitfold.numerics import QuantizedTensor, Scheme, TensorScheme, pack, unpack
+from bitfold.numerics import QuantizedTensor, Scheme, TensorScheme, pack, scale_dtype_of, unpack
+from bitfold.numerics.quantize import code_dtype
 
 __all__ = [
     "NAME",
@@ -138,23 +139,21 @@ def extra_config(layout: Layout, model_config: Mapping[str, Any]) -> dict[str, A
 def to_tensors(name: str, tensor: QuantizedTensor, format: WeightFormat) -> dict[str, Tensor]:
     """The tensors of one layer's weight [out, in]; the same for every `format`.
 
-    NAME.weight: [out, ⌈in·bits/32⌉] int32, packed codes (of nf4 the indices − 8, of fp8 the bytes).
+    NAME.weight: [out, ⌈in·bits/32⌉] int32, packed codes (of nf4, mxfp4 and nvfp4 the indices − 8, of fp8 the bytes).
     NAME.weight_shape: [2] int64, out and in.
-    NAME.weight_scale: [out, groups] ([1, 1] per tensor) in the scale's dtype.
+    NAME.weight_scale: [out, groups] ([1, 1] per tensor) in the scale's dtype, or of mxfp4 and nvfp4 the bytes, uint8.
+    NAME.weight_global_scale: [1] float32, of nvfp4 alone.
     NAME.weight_zero_point: [⌈out·bits/32⌉, groups] int32, packed along dim 0; asymmetric only.
     """
     del format
     scheme = tensor.scheme
-    signed = {
-        "int": lambda codes: codes,
-        "fp8_e4m3": lambda codes: codes.view(torch.int8),
-        "nf4": lambda codes: codes.to(torch.int8) - 8,
-    }[scheme.grid]
     result = {
-        "weight": pack(signed(tensor.codes), scheme.bits),
-        "weight_scale": tensor.scale,
+        "weight": pack(_signed(tensor.codes), scheme.bits),
+        "weight_scale": tensor.scale.view(torch.uint8) if scheme.fp4 else tensor.scale,
         "weight_shape": torch.tensor(tensor.shape),
     }
+    if tensor.global_scale is not None:
+        result["weight_global_scale"] = tensor.global_scale
     if tensor.zero is not None:
         result["weight_zero_point"] = pack(tensor.zero.T, scheme.bits).T
     return {f"{name}.{key}": value.contiguous() for key, value in result.items()}
@@ -167,24 +166,39 @@ def from_tensors(
     del format
     _, columns = tensors[f"{name}.weight_shape"].tolist()
     zero = None if scheme.symmetric else tensors[f"{name}.weight_zero_point"]
+    global_scale = tensors[f"{name}.weight_global_scale"] if scheme.grid == "nvfp4" else None
     return unpack_weight(
-        tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"], zero, scheme, columns
+        tensors[f"{name}.weight"],
+        tensors[f"{name}.weight_scale"],
+        zero,
+        scheme,
+        columns,
+        global_scale,
     )
 
 
 def unpack_weight(
-    words: Tensor, scale: Tensor, zero: Tensor | None, scheme: TensorScheme, columns: int
+    words: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    scheme: TensorScheme,
+    columns: int,
+    global_scale: Tensor | None = None,
 ) -> QuantizedTensor:
-    """The weight [out, columns] behind the words, scales and packed zero-points of `to_tensors`."""
+    """The weight [out, columns] behind the words, scales, packed zero-points and global scale of `to_tensors`."""
     signed = unpack(words, scheme.bits, columns)
-    codes = {
-        "int": lambda codes: codes,
-        "fp8_e4m3": lambda codes: codes.view(torch.float8_e4m3fn),
-        "nf4": lambda codes: (codes + 8).to(torch.uint8),
-    }[scheme.grid](signed)
+    dtype = code_dtype(scheme)
+    codes = (signed + 8).to(dtype) if dtype == torch.uint8 else signed.view(dtype)
+    if scheme.fp4:
+        scale = scale.view(scale_dtype_of(scheme, torch.float32))
     if zero is not None:
         zero = unpack(zero.T, scheme.bits, scale.shape[0]).T.contiguous()
-    return QuantizedTensor(codes, scale, zero, scheme)
+    return QuantizedTensor(codes, scale, zero, scheme, global_scale)
+
+
+def _signed(codes: Tensor) -> Tensor:
+    """Codes as the signed integers that are packed, int8."""
+    return codes.to(torch.int8) - 8 if codes.dtype == torch.uint8 else codes.view(torch.int8)
 
 
 def _strategy(scheme: Scheme) -> str:

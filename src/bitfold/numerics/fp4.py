@@ -7,9 +7,9 @@ With m the largest magnitude of a group:
     mxfp4   groups of 32, s = 2^⌊log₂ m − log₂ 3.5⌋: a power of two (E8M0), by which m / s is in [3.5, 7)
     nvfp4   groups of 16, s = e4m3(G · m/6) / G, G being one global scale of the whole tensor
 
-Sources: OCP Microscaling Formats 1.0; NVIDIA's NVFP4; the rules for s are compressed-tensors', so that what is quantized
-at run time comes out the same to the bit. There G may be any number. bitfold takes a power of two: s has then 4
-significant bits and s · q at most 6, so that every value is exact in bfloat16, in which loaders unpack the weights.
+Sources: OCP Microscaling Formats 1.0; NVIDIA's NVFP4. The rules for s are compressed-tensors', so that what is
+quantized at run time comes out the same to the bit. There G may be any number. bitfold takes a power of two: s has
+then 4 significant bits and s · q at most 6, so that every value is exact in bfloat16, in which loaders unpack weights.
 """
 
 import torch

@@ -77,8 +77,9 @@ def scale_and_zero(
 ) -> tuple[Tensor, Tensor | None]:
     """Scale and zero-point of a range, shapes [..., 1] like the limits.
 
-    The range is widened to contain 0; of fp4 grids the limits are those of a whole tensor. `scale_dtype` rounds the scale to the precision in which it will be
-    stored, *before* the zero-point and the codes are made, so that nothing is lost in storage.
+    The range is widened to contain 0. `scale_dtype` rounds the scale to the precision in which it will be
+    stored, *before* the zero-point and the codes are made, so that nothing is lost in storage. The grids mxfp4 and
+    nvfp4 have a precision of their own; nvfp4's hangs together, so the limits have to be all of a tensor's.
     The zero-point is None for symmetric grids, else integer values in floating point.
     """
     constant = (minimum == maximum) & (minimum != 0)

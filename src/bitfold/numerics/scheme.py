@@ -174,7 +174,7 @@ class Scheme(BaseModel):
             text += f"kv{_width(self.key or self.value)}"
         weight = self.weight
         if weight is not None and weight.group_size is not None and not weight.fp4:
-            text += f"g{self.weight.group_size}"
+            text += f"g{weight.group_size}"
         return text
 
     @property

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bitfold.models.skeleton import Skeleton
-from bitfold.numerics import QuantizedTensor, Scheme, scale_and_zero
+from bitfold.numerics import QuantizedTensor, Scheme, global_scale, scale_and_zero
 from bitfold.part import Need
 from bitfold.pipeline.hooks import InputQuantizer, capturing_inputs, quantizing
 from bitfold.pipeline.measure import input_statistics
@@ -79,7 +79,7 @@ def quantize_block(
     }
     folded |= {name: value.to(dtype) for name, value in plain.items()}
 
-    ranges = input_statistics(skeleton, index, plan, folded, streams, _static_needs(recipe))
+    ranges = input_statistics(skeleton, index, plan, folded, streams, _calibration_needs(recipe))
     inputs = {
         name: _input_quantizer(scheme, ranges.get(skeleton.family.input_of(name)), plan)
         for name, scheme in schemes.items()
@@ -120,9 +120,9 @@ def run_quantized(
     return run
 
 
-def _static_needs(recipe: Recipe) -> frozenset[Need]:
-    """What static activations' ranges are found from."""
-    return frozenset({"rows", "channels"}) if recipe.static_activations else frozenset()
+def _calibration_needs(recipe: Recipe) -> frozenset[Need]:
+    """What calibrated activations' scales are found from."""
+    return frozenset({"rows", "channels"}) if recipe.calibrates_activations else frozenset()
 
 
 def _input_quantizer(
@@ -130,9 +130,13 @@ def _input_quantizer(
 ) -> InputQuantizer:
     activation = scheme.activation
     assert activation is not None
-    if not activation.static:
+    if not activation.calibrated:
         return InputQuantizer(activation)
     assert statistics is not None
+    if not activation.static:
+        # Never by a range that clips: beyond the global scale whole groups would be.
+        largest = torch.cat([statistics.minimum.abs(), statistics.maximum.abs()])
+        return InputQuantizer(activation, global_scale(largest))
     # The sample decides the range; the extremes of the whole stream are added for ranges that do not clip.
     extremes = torch.stack([statistics.minimum.min(), statistics.maximum.max()])
     values = torch.cat([statistics.rows.flatten(), extremes]).unsqueeze(0)

@@ -78,7 +78,7 @@ def _learning_bytes(job: Job) -> int:
         scheme = job.plan.schemes.get(name.removesuffix(".weight"))
         if len(info.shape) == 1:
             learned += info.nbytes
-        elif scheme is not None and scheme.weight is not None:
+        elif scheme is not None and scheme.weight is not None and not scheme.weight.fp4:
             groups = info.shape[0] * (info.shape[1] // (scheme.weight.group_size or info.shape[1]))
             learned += groups * job.plan.storage.itemsize
         if name in outside:

@@ -21,7 +21,8 @@ __all__ = [
 
 @dataclass(frozen=True)
 class InputQuantizer:
-    """How a linear layer's input is quantized; scale and zero are [1] tensors for static activations."""
+    """How a linear layer's input is quantized; scale and zero are [1] tensors for static activations, scale the
+    global scale of nvfp4 ones."""
 
     scheme: TensorScheme
     scale: Tensor | None = None

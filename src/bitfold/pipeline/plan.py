@@ -85,10 +85,10 @@ def make_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
             "choose fewer bits, or ignore less."
         )
     online = online_entries(skeleton, recipe)
-    layout = _layout(skeleton, schemes, attention, names, online)
+    storage = _storage_dtype(skeleton)
+    layout = _layout(skeleton, schemes, attention, names, online, storage)
     format, choice, notes = choose_format(layout)
     heads = Heads(*head_counts(skeleton.config))
-    storage = _storage_dtype(skeleton)
     return Plan(
         recipe=recipe,
         schemes=schemes,
@@ -217,6 +217,7 @@ def _layout(
     attention: Mapping[str, Scheme],
     inputs: Mapping[str, int],
     online: Mapping[str, OnlineEntry],
+    storage: torch.dtype,
 ) -> Layout:
     head_dim = head_counts(skeleton.config)[2]
     quantized = {
@@ -240,6 +241,7 @@ def _layout(
         unquantized=sorted(others),
         flattened_inputs=skeleton.family.flattened_inputs,
         online=online,
+        storage=storage,
     )
 
 

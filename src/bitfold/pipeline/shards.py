@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bitfold.errors import VerificationError
-from bitfold.export.layout import LayerEntry, input_tensors
+from bitfold.export.layout import LayerEntry, input_scale_name, input_tensors
 from bitfold.models.skeleton import Skeleton
 from bitfold.pipeline.block import QuantizedBlock
 from bitfold.pipeline.hooks import InputQuantizer
@@ -50,7 +50,7 @@ def block_from_tensors(
     inputs = {
         name: InputQuantizer(
             scheme.activation,
-            tensors.get(f"{prefix}.{name}.input_scale"),
+            tensors.get(f"{prefix}.{name}.{input_scale_name(scheme.activation)}"),
             tensors.get(f"{prefix}.{name}.input_zero_point"),
         )
         for name, scheme in schemes.items()

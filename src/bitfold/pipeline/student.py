@@ -72,6 +72,7 @@ class Student:
             trained = {
                 f"{name}.weight": Trained(tensor.scale, positive=True)
                 for name, tensor in block.tensors.items()
+                if not tensor.scheme.fp4  # a scale of 8 bits has no near neighbours
             }
             trained |= {
                 name: Trained(value, positive=False)
@@ -111,13 +112,14 @@ class Student:
         """Block `index` as it is to be stored now."""
         block, trained = self._block(index), self.blocks[index]
         codes = self.codes[index]
-        tensors = {
+        tensors = block.tensors | {
             name: replace(
                 tensor,
                 scale=trained[f"{name}.weight"].stored(),
                 codes=codes[name].stored() if name in codes else tensor.codes,
             )
             for name, tensor in block.tensors.items()
+            if f"{name}.weight" in trained
         }
         plain = {
             name: trained[name].stored() if name in trained else value
@@ -199,10 +201,13 @@ class Student:
             for name, value in block.plain.items()
         }
         for name, tensor in block.tensors.items():
-            scale = trained[f"{name}.weight"].value()
-            weights[f"{name}.weight"] = dequantize_trainable(
+            key = f"{name}.weight"
+            if key not in trained:
+                weights[key] = tensor.dequantize(block.unpacked_in or dtype).to(dtype)
+                continue
+            weights[key] = dequantize_trainable(
                 tensor,
-                scale,
+                trained[key].value(),
                 block.unpacked_in or dtype,
                 dtype,
                 codes[name].value() if name in codes else None,
@@ -372,6 +377,8 @@ def _in_batches(windows: Tensor, length: int) -> Sequence[Tensor]:
 
 def _through(quantizer: InputQuantizer) -> Callable[[Tensor], Tensor]:
     """The same quantization, with gradients: of what a static range clips there are none."""
+    if quantizer.scheme.fp4:
+        return lambda x: x + (quantizer(x) - x).detach()
     if not quantizer.scheme.static:
         return lambda x: fake_quantize_trainable(x, quantizer.scheme)
 

@@ -17,17 +17,19 @@ def quantize_input(
     """Fake-quantize the input of a linear layer; same shape and dtype as x.
 
     x:     [..., in_features]
-    scale: [1], for static schemes; dynamic ones take their range from x itself.
+    scale: [1], for static schemes, and the global scale of nvfp4, float32; else x itself gives the range.
     zero:  [1] int8, for static asymmetric schemes.
 
-    Raises RecipeError when a static scheme has no scale, or an asymmetric one no zero-point.
+    Raises RecipeError when what is calibrated is missing, the scale or an asymmetric scheme's zero-point.
     """
-    if not scheme.static:
+    if not scheme.calibrated:
         return fake_quantize_dynamic(x, scheme)
     if scale is None or (zero is None and not scheme.symmetric):
         raise RecipeError(
-            "A static activation needs its calibrated scale and zero-point: calibrate it, "
-            "or set activation.static=false."
+            "A static activation needs its calibrated scale and zero-point, and an nvfp4 one its global scale: "
+            "calibrate it, or choose a dynamic scheme."
         )
+    if not scheme.static:
+        return fake_quantize_dynamic(x, scheme, scale)
     zero = None if scheme.symmetric or zero is None else zero.to(x.dtype)
     return fake_quantize(x, scale.to(x.dtype), zero, scheme)

@@ -14,14 +14,16 @@ __all__ = ["QuantizedLinear"]
 class QuantizedLinear(nn.Module):
     """`nn.Linear` whose state is the tensors of bitfold's own format (`bitfold.export.native`).
 
-    The weight is dequantized in the dtype of its scales, and x is quantized before it where the
+    The weight is dequantized in the dtype of x, and x is quantized before it where the
     scheme has an activation, exactly as in the simulation. Where the scheme leaves the weight
     alone, `weight` is [out, in].
     """
 
     weight: Tensor
     weight_scale: Tensor
+    weight_global_scale: Tensor | None
     input_scale: Tensor | None
+    input_global_scale: Tensor | None
     input_zero_point: Tensor | None
     weight_zero_point: Tensor | None
 
@@ -50,12 +52,15 @@ class QuantizedLinear(nn.Module):
             zeros = None if weight.symmetric else (packed_width(scales[0], weight.bits), scales[1])
             buffer("weight", (out_features, packed_width(in_features, weight.bits)), torch.int32)
             buffer("weight_shape", (2,), torch.int64)
-            buffer("weight_scale", scales, dtype)
+            buffer("weight_scale", scales, torch.uint8 if weight.fp4 else dtype)
+            buffer("weight_global_scale", (1,) if weight.grid == "nvfp4" else None, torch.float32)
             buffer("weight_zero_point", zeros, torch.int32)
         activation = scheme.activation
         static = activation is not None and activation.static
         asymmetric = activation is not None and not activation.symmetric
+        in_tensor = activation is not None and activation.calibrated and not static
         buffer("input_scale", (1,) if static else None, dtype)
+        buffer("input_global_scale", (1,) if in_tensor else None, torch.float32)
         buffer("input_zero_point", (1,) if static and asymmetric else None, torch.int8)
         empty = torch.zeros(out_features, dtype=dtype, device=device)
         self.bias = nn.Parameter(empty, requires_grad=False) if bias else None
@@ -63,10 +68,11 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] → [..., out]"""
         if self.scheme.activation is not None:
-            x = quantize_input(x, self.scheme.activation, self.input_scale, self.input_zero_point)
-        return F.linear(x, self.dequantize(), self.bias)
+            scale = self.input_scale if self.input_global_scale is None else self.input_global_scale
+            x = quantize_input(x, self.scheme.activation, scale, self.input_zero_point)
+        return F.linear(x, self.dequantize(x.dtype), self.bias)
 
-    def dequantize(self) -> Tensor:
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight, [out, in]."""
         if self.scheme.weight is None:
             return self.weight
@@ -76,8 +82,9 @@ class QuantizedLinear(nn.Module):
             self.weight_zero_point,
             self.scheme.weight,
             self.in_features,
+            self.weight_global_scale,
         )
-        return tensor.dequantize(self.weight_scale.dtype)
+        return tensor.dequantize(dtype)
 
     def extra_repr(self) -> str:
         weight, activation = self.scheme.weight, self.scheme.activation
