@@ -100,7 +100,7 @@ class QuantizedTensor:
         stored = scale.to(self.scale.dtype)
         if not torch.equal(stored.float(), scale):
             return self
-        return replace(self, scale=stored, global_scale=wanted)
+        return replace(self, scale=stored, global_scale=wanted.clone())
 
 
 def sharing_global_scale(tensors: Mapping[str, QuantizedTensor]) -> dict[str, QuantizedTensor]:
