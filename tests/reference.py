@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-__all__ = ["Rounded", "relative", "round_group", "round_tensor"]
+__all__ = ["Rounded", "minifloats", "nearest_minifloat", "relative", "round_group", "round_tensor"]
 
 
 class Rounded:
@@ -45,6 +45,22 @@ def round_tensor(x: np.ndarray, size: int, bits: int, *, symmetric: bool) -> np.
     rows = x.astype(np.float64).reshape(-1, size)
     done = [round_group(row.tolist(), bits, symmetric=symmetric).values for row in rows]
     return np.array(done).reshape(x.shape)
+
+
+def minifloats(exponent_bits: int, mantissa_bits: int, bias: int, count: int) -> list[float]:
+    """The first `count` numbers ≥ 0 of a small floating point format, in the order of their codes."""
+    found = []
+    for code in range(count):
+        exponent, mantissa = divmod(code, 2**mantissa_bits)
+        assert exponent < 2**exponent_bits
+        hidden = 2**mantissa_bits if exponent else 0
+        found.append((hidden + mantissa) * 2.0 ** (max(exponent, 1) - bias - mantissa_bits))
+    return found
+
+
+def nearest_minifloat(x: float, numbers: Sequence[float]) -> int:
+    """The code of the number nearest to x ≥ 0; of two as near, the even one."""
+    return min(range(len(numbers)), key=lambda code: (abs(numbers[code] - x), code % 2))
 
 
 def relative(found: np.ndarray, expected: np.ndarray) -> float:

@@ -36,6 +36,8 @@ def test_what_bits_do_not_say_is_the_schemes() -> None:
 def test_other_grids_have_no_bits_to_choose() -> None:
     with pytest.raises(RecipeError, match="the scheme's weights are nf4"):
         candidates(weight_scheme("wnf4a16g64"), (4, 3), ())
+    with pytest.raises(RecipeError, match="the scheme's weights are mxfp4"):
+        candidates(weight_scheme("wmxfp4a16"), (4, 3), ())
 
 
 def test_groups_per_layer() -> None:

@@ -27,6 +27,15 @@ PARSED = {
     "wfp8afp8": ("fp8_e4m3 symmetric, channel", "fp8_e4m3 symmetric, token", None, None),
     "wnf4a16g64": ("nf4 symmetric, group 64", None, None, None),
     "wfp8a16kvfp8": ("fp8_e4m3 symmetric, channel", None, None, "fp8_e4m3 symmetric, token"),
+    "wmxfp4a16": ("mxfp4 symmetric, group 32", None, None, None),
+    "wnvfp4anvfp4": ("nvfp4 symmetric, group 16", "nvfp4 symmetric, group 16", None, None),
+    "wmxfp4amxfp4kvmxfp4": (
+        "mxfp4 symmetric, group 32",
+        "mxfp4 symmetric, group 32",
+        None,
+        "mxfp4 symmetric, group 32",
+    ),
+    "w4anvfp4g128": ("int4 asymmetric, group 128", "nvfp4 symmetric, group 16", None, None),
     "w16a16": (None, None, None, None),
 }
 
@@ -56,6 +65,25 @@ def test_notation_of_keys_left_alone() -> None:
     """What the notation cannot say is left out, but never the bits that there are."""
     value = Scheme(value=TensorScheme(bits=4, granularity="token"))
     assert value.notation == "w16a16kv4"
+
+
+def test_a_group_that_the_grid_has_anyway_may_be_written() -> None:
+    assert Scheme.parse("wmxfp4a16g32") == Scheme.parse("wmxfp4a16")
+    assert Scheme.parse("wnvfp4a8g16").notation == "wnvfp4a8"
+
+
+@pytest.mark.parametrize(
+    ("notation", "message"),
+    [
+        ("wmxfp4a16g128", "grid mxfp4 has one scale for every 32 inputs"),
+        ("wnvfp4a16g32", "grid nvfp4 has one scale for every 16 inputs"),
+        ("wnvfp4a16kvnvfp4", "the key has no global scale"),
+        ("w4a16qnvfp4kv4", "the query has no global scale"),
+    ],
+)
+def test_what_4_bit_floating_point_cannot_be(notation: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=f"'{notation}' is impossible: {message}"):
+        Scheme.parse(notation)
 
 
 @pytest.mark.parametrize("written", ["W4A16G128", " w4a16g128 ", "w4A16g128"])
@@ -107,6 +135,13 @@ def test_what_is_impossible(notation: str) -> None:
         ({"grid": "fp8_e4m3", "bits": 4}, "fp8_e4m3 has 8 bits"),
         ({"grid": "fp8_e4m3", "symmetric": False}, "no zero-point"),
         ({"narrow": True, "symmetric": False}, "narrow"),
+        ({"grid": "mxfp4"}, "mxfp4 has 4 bits"),
+        ({"grid": "mxfp4", "bits": 4}, "set granularity=group and group_size=32"),
+        ({"grid": "nvfp4", "bits": 4, "symmetric": False}, "no zero-point"),
+        (
+            {"grid": "mxfp4", "bits": 4, "granularity": "tensor", "static": True},
+            "finds a group's scale as it runs: leave out static",
+        ),
         ({"granularity": "group"}, "group_size"),
         ({"group_size": 32}, "group_size"),
         ({"granularity": "token", "static": True}, "dynamic"),

@@ -61,6 +61,8 @@ COUNTED = {
     "int8 asymmetric tensor f16": (8 * 256 * 8 + 16 + 8, 8 + 24 / 2048),
     "fp8 channel bf16": (8 * 256 * 8 + 8 * 16, 8 + 16 / 256),
     "nf4 g64 bf16": (8 * 256 * 4 + 32 * 16, 4 + 16 / 64),
+    "mxfp4 g32 bf16": (8 * 256 * 4 + 64 * 8, 4 + 8 / 32),
+    "nvfp4 g16 f32": (8 * 256 * 4 + 128 * 8 + 32, 4 + 8 / 16 + 32 / 2048),
 }
 SCHEMES = {
     "int4 asymmetric g128 bf16": {"bits": 4, "symmetric": False, "group_size": 128},
@@ -69,6 +71,8 @@ SCHEMES = {
     "int8 asymmetric tensor f16": {"symmetric": False, "granularity": "tensor"},
     "fp8 channel bf16": {"grid": "fp8_e4m3"},
     "nf4 g64 bf16": {"grid": "nf4", "bits": 4, "group_size": 64},
+    "mxfp4 g32 bf16": {"grid": "mxfp4", "bits": 4, "group_size": 32},
+    "nvfp4 g16 f32": {"grid": "nvfp4", "bits": 4, "group_size": 16},
 }
 STORED = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 

@@ -38,8 +38,8 @@ _E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
 _E4M3_FOR_ZERO = 0.125
 # 6 · 2^125 is finite in float32 and bfloat16, and ½ · 2^-127 is not zero.
 _EXPONENTS = (-127, 125)
-# Global scales within these exponents leave scales, and their products with codes, normal numbers of float32.
-_GLOBAL_EXPONENTS = (-100, 100)
+# With this one the smallest scales, and their products with codes, are normal numbers of float32.
+_LARGEST_GLOBAL = 2.0**100
 _SCALE_DTYPES: dict[GridName, torch.dtype] = {
     "mxfp4": torch.float8_e8m0fnu,
     "nvfp4": torch.float8_e4m3fn,
@@ -53,10 +53,8 @@ def scale_dtype_of(scheme: TensorScheme, storage: torch.dtype) -> torch.dtype:
 
 def round_to_fp4(x: Tensor) -> Tensor:
     """The nearest E2M1 number, ties to the even mantissa, what lies beyond ±6 to ±6; same shape and dtype."""
-    magnitude = x.abs().clamp_(max=FP4_MAX)
-    # Neighbours are ½ apart below 2, 1 apart below 4, and 2 apart from there on.
-    step = 0.5 + 0.5 * (magnitude >= 2) + (magnitude >= 4)
-    return (magnitude / step).round_().mul_(step).copysign_(x)
+    halves, ones, twos = _steps_up(x)
+    return halves.mul_(0.5).add_(ones).add_(twos, alpha=2).copysign_(x)
 
 
 def fp4_codes(x: Tensor) -> Tensor:
@@ -64,10 +62,10 @@ def fp4_codes(x: Tensor) -> Tensor:
 
     There is one zero, 0; the code 8 of −0 is not made.
     """
-    rounded = round_to_fp4(x)
-    doubled = torch.tensor([2 * level for level in FP4_LEVELS], dtype=x.dtype, device=x.device)
-    number = torch.bucketize(rounded.abs().mul_(2), doubled)
-    return (number + _NEGATIVE * (rounded < 0)).to(torch.uint8)
+    halves, ones, twos = _steps_up(x)
+    number = halves.add_(ones).add_(twos)
+    negative = number.copysign(x) < 0
+    return number.add_(negative, alpha=_NEGATIVE).to(torch.uint8)
 
 
 def fp4_values(codes: Tensor, dtype: torch.dtype) -> Tensor:
@@ -95,8 +93,8 @@ def fp4_scale_dynamic(largest: Tensor, scheme: TensorScheme, at: Tensor | None) 
 
 def global_scale(largest: Tensor) -> Tensor:
     """The largest power of two that keeps G · m/6 within E4M3 for all magnitudes m that are given; [1], float32."""
-    most = largest.max().to(torch.float32).clamp(min=torch.finfo(torch.float32).tiny)
-    return _power_below(_E4M3_MAX * FP4_MAX / most)
+    most = _E4M3_MAX * FP4_MAX
+    return _power_below(most / largest.max().to(torch.float32).clamp(min=most / _LARGEST_GLOBAL))
 
 
 def stored_scale(
@@ -113,9 +111,20 @@ def stored_scale(
     return scale.to(scale_dtype_of(scheme, storage)), at
 
 
+def _steps_up(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """How many steps of ½ (at most 4), 1 and 2 (at most 2 and 1) lie below the number nearest to |x|: numbers are ½ apart
+    up to 2, 1 apart up to 4 and 2 apart up to 6. Clamped instead of compared, which is several times as fast on a CPU.
+    """
+    magnitude = x.abs()
+    ones = magnitude.clamp(2, 4).round_().sub_(2)
+    twos = (magnitude * 0.5).clamp_(2, 3).round_().sub_(2)
+    return magnitude.mul_(2).clamp_(max=4).round_(), ones, twos
+
+
 def _power_of_two(largest: Tensor) -> Tensor:
     """mxfp4's scale, float32 at least."""
     wide = largest.to(torch.promote_types(largest.dtype, torch.float32))
+    wide = wide.clamp(min=torch.finfo(torch.float32).tiny)
     mantissa, exponent = torch.frexp(wide)  # the mantissa is in [½, 1)
     exponent = (exponent - 3 + (mantissa >= 0.875).int()).clamp(*_EXPONENTS)
     return torch.ldexp(torch.ones_like(wide), exponent)
@@ -129,6 +138,6 @@ def _e4m3_scale(largest: Tensor, at: Tensor) -> Tensor:
 
 
 def _power_below(x: Tensor) -> Tensor:
-    """The largest power of two that is not above a positive number, [1]; within _GLOBAL_EXPONENTS."""
+    """The largest power of two that is not above a positive number; [1]."""
     _, exponent = torch.frexp(x.reshape(1))
-    return torch.ldexp(torch.ones_like(x).reshape(1), (exponent - 1).clamp(*_GLOBAL_EXPONENTS))
+    return torch.ldexp(x.new_ones(1), exponent - 1)
