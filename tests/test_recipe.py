@@ -223,6 +223,10 @@ def test_ignore_of_a_file_and_of_the_command_line_add_up(file: Path) -> None:
         ({"set": ["ignore='*.v_proj'"]}, "is a list"),
         ({"set": ["layers=[{match: '*'}]"]}, "match: PATTERN"),
         ({"set": ["stream=both"]}, "stream='both'"),
+        ({"scheme": "wmxfp4a16", "set": ["weight.symmetric=false"]}, "mxfp4 has no zero-point"),
+        ({"scheme": "wnvfp4a16", "set": ["weight.group_size=32"]}, "one scale for every 16 inputs"),
+        ({"scheme": "wmxfp4a16", "set": ["weight.granularity=channel"]}, "group_size goes with"),
+        ({"scheme": "w4amxfp4", "set": ["activation.static=true"]}, "leave out static"),
         ({"file": Path("nowhere.yaml")}, "no recipe file"),
     ],
 )
@@ -239,6 +243,7 @@ def test_what_cannot_be(arguments: dict[str, object], message: str) -> None:
     [
         ("w4a16g48", [], "48 does not divide the 64 inputs of .*q_proj: use .* g64"),
         ("w4a16g64", [], "64 does not divide the 96 inputs of .*down_proj: use .* g32"),
+        ("w4a4kvmxfp4", [], "key's group size 32 does not .* of a head .*: mxfp4 has no other"),
         ("w8a8", ["activation.group_size=48"], "activation's group size 48 does not divide the 64"),
         ("w4a4kv4", ["value.group_size=12"], "value's group size 12 does not divide the 16"),
         ("w4a16", ["weight.granularity=tensor", "weight_range=output_error"], "has one scale"),

@@ -19,6 +19,8 @@ SCHEMES = {
     "a byte a weight": ("w8a8", ("activation.static=true",)),
     "fp8": ("wfp8afp8", ()),
     "bitfold's own": ("wnf4a16g64", ()),
+    "mxfp4": ("wmxfp4amxfp4", ()),
+    "nvfp4": ("wnvfp4anvfp4", ()),
 }
 AWQ = {"method": "awq", "samples": 12, "sequence_length": 64}
 

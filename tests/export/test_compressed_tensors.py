@@ -203,9 +203,7 @@ IN_BFLOAT16: dict[str, tuple[SchemeOf, set[tuple[str, str]]]] = {
 
 @pytest.mark.parametrize("family", ["llama", "opt", "qwen2"])
 @pytest.mark.parametrize("case", IN_BFLOAT16)
-def test_loads_exactly_in_bfloat16(
-    case: str, family: str, checkpoint: Zoo, tmp_path: Path
-) -> None:
+def test_loads_exactly_in_bfloat16(case: str, family: str, checkpoint: Zoo, tmp_path: Path) -> None:
     scheme_of, formats = IN_BFLOAT16[case]
     choice = assert_exact(
         quantize(checkpoint(family, BFLOAT16), scheme_of), tmp_path / "artifact", BFLOAT16

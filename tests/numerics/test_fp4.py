@@ -1,6 +1,7 @@
 """mxfp4 and nvfp4 against their definitions in plain float64 loops, and what makes them exact in bfloat16."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -92,7 +93,7 @@ def test_codes_scales_and_values_are_those_of_the_definition(scheme: TensorSchem
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_rounding_and_ties(dtype: torch.dtype) -> None:
     """Every number, every midpoint, their neighbours, and what lies beyond, of both signs."""
-    middles = [(a + b) / 2 for a, b in zip(E2M1, E2M1[1:], strict=False)]
+    middles = [(a + b) / 2 for a, b in pairwise(E2M1)]
     points = torch.tensor([*E2M1, *middles, 0.1, 5.9, 7, 100], dtype=dtype)
     far = torch.tensor(math.inf, dtype=dtype)
     points = torch.cat([points, points.nextafter(far), points.nextafter(-far).clamp(min=0)])

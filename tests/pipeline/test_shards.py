@@ -24,6 +24,8 @@ SCHEMES = {
     "w4a4q4kv4": ["activation.static=true"],
     "wnf4a16g16": [],
     "wfp8afp8": [],
+    "wmxfp4amxfp4": [],
+    "wnvfp4anvfp4": [],
     "w16a8": [],
 }
 

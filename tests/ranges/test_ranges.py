@@ -23,6 +23,10 @@ SCHEMES = [
     TensorScheme(bits=8, symmetric=False),
 ]
 by_scheme = pytest.mark.parametrize("scheme", SCHEMES, ids=TensorScheme.describe)
+FP4 = [
+    TensorScheme(grid="mxfp4", bits=4, granularity="group", group_size=32),
+    TensorScheme(grid="nvfp4", bits=4, granularity="group", group_size=16),
+]
 
 
 def groups_of_all_kinds(size: int = 32) -> Tensor:
@@ -63,7 +67,7 @@ def shrinkages(group: list[float], smallest: float, steps: int) -> list[tuple[fl
 # --- what all have in common ---
 
 
-@by_scheme
+@pytest.mark.parametrize("scheme", SCHEMES + FP4, ids=TensorScheme.describe)
 @pytest.mark.parametrize("name", RANGES)
 def test_limits_lie_within_the_values(name: str, scheme: TensorScheme) -> None:
     groups = groups_of_all_kinds().unsqueeze(0)
@@ -108,6 +112,26 @@ def test_mse_is_the_best_shrinkage(power: float, scheme: TensorScheme) -> None:
         found = power_error(group, rounded(group, (limits[0], limits[1]), scheme), power)
         assert found <= errors[0] * (1 + 1e-12)  # never worse than min-max
         assert found == pytest.approx(min(errors), rel=1e-4, abs=1e-12)
+
+
+@pytest.mark.parametrize("scheme", FP4, ids=TensorScheme.describe)
+def test_mse_of_4_bit_floating_point_is_the_best_shrinkage(scheme: TensorScheme) -> None:
+    """Of a tensor whose groups hang together by the global scale: what the search saw is what comes out."""
+    generator = torch.Generator().manual_seed(7)
+    tails = torch.randn(100, scheme.group_size or 0, dtype=torch.float64, generator=generator) ** 3
+    groups = torch.cat([groups_of_all_kinds(scheme.group_size or 0), tails])
+
+    def errors(low: Tensor, high: Tensor) -> Tensor:
+        scale, zero = scale_and_zero(low, high, scheme)
+        return (fake_quantize(groups, scale, zero, scheme) - groups).square().sum(dim=-1)
+
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    ratios = [1 - 0.6 * i / 30 for i in range(31)]
+    tried = torch.stack([errors(low * ratio, high * ratio) for ratio in ratios])
+    found = errors(*Mse(smallest=0.4, steps=31).limits(groups, scheme))
+    assert (found <= tried[0]).all()
+    torch.testing.assert_close(found, tried.amin(dim=0), rtol=1e-6, atol=1e-12)
+    assert (found < 0.9 * tried[0]).any()
 
 
 # --- output error ---

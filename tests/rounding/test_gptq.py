@@ -5,10 +5,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitfold.numerics import QuantizedTensor, TensorScheme, to_groups
+from bitfold.numerics import QuantizedTensor, TensorScheme, scale_and_zero, to_groups
+from bitfold.numerics.quantize import NF4_LEVELS
 from bitfold.ranges import MinMax
 from bitfold.rounding import Gptq, Layer, Nearest
 from bitfold.rounding.gptq import inverse_factor, spread_error
+from reference import minifloats
 
 SCHEMES = [
     TensorScheme(bits=3, symmetric=False, granularity="group", group_size=16),
@@ -17,7 +19,21 @@ SCHEMES = [
     TensorScheme(bits=8, granularity="tensor"),
 ]
 by_scheme = pytest.mark.parametrize("scheme", SCHEMES, ids=TensorScheme.describe)
-ROWS, COLUMNS = 12, 48
+OTHERS = [
+    TensorScheme(grid="nf4", bits=4, granularity="group", group_size=16),
+    TensorScheme(grid="fp8_e4m3"),
+    TensorScheme(grid="mxfp4", bits=4, granularity="group", group_size=32),
+    TensorScheme(grid="nvfp4", bits=4, granularity="group", group_size=16),
+]
+by_every_scheme = pytest.mark.parametrize("scheme", SCHEMES + OTHERS, ids=TensorScheme.describe)
+ROWS, COLUMNS = 12, 64
+# The values that codes of the other grids stand for, times their scale.
+LEVELS = {
+    "nf4": NF4_LEVELS,
+    "fp8_e4m3": [sign * x for sign in (1, -1) for x in minifloats(4, 3, bias=7, count=127)],
+    "mxfp4": [sign * x for sign in (1, -1) for x in minifloats(2, 1, bias=1, count=8)],
+}
+LEVELS["nvfp4"] = LEVELS["mxfp4"]
 
 
 def _layer(scheme: TensorScheme, seed: int = 0) -> tuple[Layer, Tensor]:
@@ -39,31 +55,35 @@ def _errors(weight: Tensor, tensor: QuantizedTensor, gram: Tensor) -> Tensor:
 def _textbook(layer: Layer, gram: np.ndarray, damping: float, order: list[int]) -> np.ndarray:
     """Optimal brain quantization in a fixed order with the inverse of what is left formed anew for every column."""
     weight = layer.weight.numpy().copy()
-    reference = Nearest().solve({"w": layer}, torch.float64).tensors["w"]
     scheme = layer.scheme
-    width = weight.shape[1] // reference.scale.shape[1]
+    scale, zero = (
+        None if one is None else one.flatten(1).numpy()
+        for one in scale_and_zero(*layer.limits, scheme, torch.float64)
+    )
+    assert scale is not None
+    width = weight.shape[1] // scale.shape[1]
     damped = gram + damping * np.diag(gram).mean() * np.eye(len(gram))
-    codes = np.zeros(weight.shape, dtype=int)
+    values = np.zeros(weight.shape)
     left = list(order)
     while left:
         inverse = np.linalg.inv(damped[np.ix_(left, left)])
         column = left[0]
-        rows = 0 if reference.scale.shape[0] == 1 else slice(None)
-        scale = reference.scale.numpy()[rows, column // width]
-        zero = (
-            0
-            if reference.zero is None
-            else reference.zero.numpy()[rows, column // width].astype(int)
-        )
-        code = np.clip(np.round(weight[:, column] / scale + zero), scheme.qmin, scheme.qmax)
-        codes[:, column] = code
-        error = (weight[:, column] - scale * (code - zero)) / inverse[0, 0]
+        step = scale[:, column // width]
+        if scheme.grid == "int":
+            z = 0 if zero is None else zero[:, column // width]
+            code = np.clip(np.round(weight[:, column] / step + z), scheme.qmin, scheme.qmax)
+            values[:, column] = step * (code - z)
+        else:
+            stood_for = np.outer(step, LEVELS[scheme.grid])
+            nearest = np.abs(stood_for - weight[:, [column]]).argmin(axis=1)
+            values[:, column] = stood_for[np.arange(len(stood_for)), nearest]
+        error = (weight[:, column] - values[:, column]) / inverse[0, 0]
         weight[:, left[1:]] -= np.outer(error, inverse[0, 1:])
         left = left[1:]
-    return codes
+    return values
 
 
-@by_scheme
+@by_every_scheme
 @pytest.mark.parametrize("order", ["activation", "none"])
 @pytest.mark.parametrize("block", [5, 128])
 def test_the_textbook(scheme: TensorScheme, order: str, block: int) -> None:
@@ -74,10 +94,10 @@ def test_the_textbook(scheme: TensorScheme, order: str, block: int) -> None:
     if order == "activation":
         columns.sort(key=lambda j: -float(gram[j, j]))
     expected = _textbook(layer, gram.numpy(), 0.01, columns)
-    assert np.array_equal(found.codes.numpy().astype(int), expected)
+    assert np.allclose(found.dequantize(torch.float64).numpy(), expected, rtol=1e-12, atol=1e-12)
 
 
-@by_scheme
+@by_every_scheme
 @pytest.mark.parametrize("seed", range(3))
 def test_no_row_is_worse_than_nearest(scheme: TensorScheme, seed: int) -> None:
     layer, gram = _layer(scheme, seed)
@@ -89,7 +109,7 @@ def test_no_row_is_worse_than_nearest(scheme: TensorScheme, seed: int) -> None:
         assert float(after.sum()) < 0.8 * float(before.sum())
 
 
-@by_scheme
+@by_every_scheme
 def test_with_a_diagonal_second_moment_it_is_nearest(scheme: TensorScheme) -> None:
     layer, _ = _layer(scheme)
     gram = torch.diag(torch.rand(COLUMNS, dtype=torch.float64) + 0.1)

@@ -133,6 +133,8 @@ def test_the_same_seed_gives_the_same_codes() -> None:
 
 def test_other_grids_are_refused_by_name() -> None:
     layer = _layer(ASYMMETRIC)
-    fp8 = Layer(layer.weight, layer.limits, TensorScheme(grid="fp8_e4m3"))
-    with pytest.raises(RecipeError, match="down_proj has the grid fp8"):
-        Signround().solve_block({"mlp.down_proj": fp8}, torch.float32, _problem(layer))
+    mxfp4 = TensorScheme(grid="mxfp4", bits=4, granularity="group", group_size=32)
+    for scheme in (TensorScheme(grid="fp8_e4m3"), mxfp4):
+        other = Layer(layer.weight, layer.limits, scheme)
+        with pytest.raises(RecipeError, match=f"down_proj has the grid {scheme.grid}"):
+            Signround().solve_block({"mlp.down_proj": other}, torch.float32, _problem(layer))

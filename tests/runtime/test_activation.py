@@ -70,6 +70,44 @@ def test_dynamic_is_compressed_tensors(
         assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", rows())
+def test_mxfp4_is_compressed_tensors(kind: str, dtype: torch.dtype) -> None:
+    """Not in float16, in which mxfp4's smallest scales do not exist: there is no artifact that needs it."""
+    x = rows()[kind].to(dtype)
+    others = {"strategy": "group", "group_size": 32, "dynamic": True, "scale_dtype": torch.uint8}
+    args = QuantizationArgs(num_bits=4, type="float", **others)
+    scale, zero = compute_dynamic_scales_and_zp(x, args, torch.nn.Identity())
+    scheme = TensorScheme(grid="mxfp4", bits=4, granularity="group", group_size=32)
+    before = x.clone()
+    ours = quantize_input(x, scheme)
+    assert ours.dtype == dtype
+    assert torch.equal(ours, fake_quantize(x, scale, zero, args))
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", rows())
+@pytest.mark.parametrize("at", [1.0, 448 * 6 / 4.5, 2.0**17])
+def test_nvfp4_is_compressed_tensors(kind: str, at: float, dtype: torch.dtype) -> None:
+    """With global scales that fit, that leave scales below E4M3's numbers, and above them."""
+    x = rows()[kind].to(dtype)
+    others = {"strategy": "tensor_group", "group_size": 16, "dynamic": "local"}
+    args = QuantizationArgs(
+        num_bits=4, type="float", scale_dtype=torch.float8_e4m3fn, zp_dtype=torch.int8, **others
+    )
+    global_scale = torch.tensor([at])
+    scale, zero = compute_dynamic_scales_and_zp(
+        x, args, torch.nn.Identity(), global_scale=global_scale
+    )
+    scheme = TensorScheme(grid="nvfp4", bits=4, granularity="group", group_size=16)
+    before = x.clone()
+    ours = quantize_input(x, scheme, global_scale)
+    assert ours.dtype == dtype
+    assert torch.equal(ours, fake_quantize(x, scale, zero, args, global_scale=global_scale))
+    assert torch.equal(x, before)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("grid", "bits", "symmetric"), GRIDS)
 def test_static_is_compressed_tensors(
@@ -93,3 +131,6 @@ def test_static_needs_its_range() -> None:
     asymmetric = symmetric.model_copy(update={"symmetric": False})
     with pytest.raises(RecipeError, match="zero-point"):
         quantize_input(torch.ones(2, 4), asymmetric, torch.ones(1))
+    nvfp4 = TensorScheme(grid="nvfp4", bits=4, granularity="group", group_size=16)
+    with pytest.raises(RecipeError, match="global scale"):
+        quantize_input(torch.ones(2, 16), nvfp4)

@@ -30,7 +30,20 @@ def state_of(name: str, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
     "notation",
-    ["w2a16", "w3a16g32", "w4a16", "w4a4g32", "w5a8", "w8a8", "wfp8afp8", "wnf4a16", "wnf4a8g32"],
+    [
+        "w2a16",
+        "w3a16g32",
+        "w4a16",
+        "w4a4g32",
+        "w5a8",
+        "w8a8",
+        "wfp8afp8",
+        "wnf4a16",
+        "wnf4a8g32",
+        "wmxfp4a16",
+        "wmxfp4amxfp4",
+        "wnvfp4a16",
+    ],
 )
 def test_forward(notation: str, bias: bool, dtype: torch.dtype) -> None:
     scheme = Scheme.parse(notation)
@@ -59,6 +72,23 @@ def test_static_activation() -> None:
     seen = quantize_input(X, STATIC, entry.input_scale, entry.input_zero)
     assert torch.equal(layer(X), F.linear(seen, tensor.dequantize()))
     assert not torch.equal(seen, X)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_nvfp4_activation(dtype: torch.dtype) -> None:
+    """The global scales stay what they are in whatever dtype the layer runs."""
+    scheme = Scheme.parse("wnvfp4anvfp4")
+    assert scheme.weight is not None
+    assert scheme.activation is not None
+    at = torch.tensor([2.0**18])
+    tensor = rounded(scheme.weight, dtype)
+    inputs = input_tensors("layer", LayerEntry(scheme, IN, input_scale=at))
+    assert list(inputs) == ["layer.input_global_scale"]
+    layer = QuantizedLinear(IN, OUT, scheme, bias=False, dtype=dtype)
+    layer.load_state_dict(state_of("layer", tensor) | {"input_global_scale": at})
+    seen = quantize_input(X.to(dtype), scheme.activation, at)
+    assert torch.equal(layer(X.to(dtype)), F.linear(seen, tensor.dequantize(dtype)))
+    assert not torch.equal(seen, X.to(dtype))
 
 
 def test_weight_left_alone() -> None:

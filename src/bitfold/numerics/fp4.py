@@ -83,12 +83,12 @@ def fp4_scale(largest: Tensor, scheme: TensorScheme) -> Tensor:
 
 
 def fp4_scale_dynamic(largest: Tensor, scheme: TensorScheme, at: Tensor | None) -> Tensor:
-    """The same at run time, in compressed-tensors' dtypes; `at` is the global scale [1], float32, of nvfp4."""
+    """The same at run time, in compressed-tensors' dtypes; `at` is the global scale [1], float32, of nvfp4, by default
+    that of the groups themselves."""
     if scheme.grid == "mxfp4":
         scale = _power_of_two(largest).to(largest.dtype)
         return torch.where(scale == 0, torch.ones_like(scale), scale)  # an underflow of float16
-    assert at is not None
-    return _e4m3_scale(largest, at)
+    return _e4m3_scale(largest, global_scale(largest) if at is None else at)
 
 
 def global_scale(largest: Tensor) -> Tensor:
@@ -112,8 +112,8 @@ def stored_scale(
 
 
 def _steps_up(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """How many steps of ½ (at most 4), 1 and 2 (at most 2 and 1) lie below the number nearest to |x|: numbers are ½ apart
-    up to 2, 1 apart up to 4 and 2 apart up to 6. Clamped instead of compared, which is several times as fast on a CPU.
+    """How many steps of ½ (at most 4), 1 (2) and 2 (1) lie below the number nearest to |x|: numbers are ½ apart up to 2,
+    1 apart up to 4 and 2 apart up to 6. Clamped instead of compared, which is several times as fast on a CPU.
     """
     magnitude = x.abs()
     ones = magnitude.clamp(2, 4).round_().sub_(2)

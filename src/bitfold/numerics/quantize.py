@@ -166,7 +166,7 @@ def fake_quantize_dynamic(
 ) -> Tensor:
     """Fake quantization with the min-max range of what it is given; same shape and dtype as x.
 
-    global_scale: [1], float32, of the grid nvfp4.
+    global_scale: [1], float32, of the grid nvfp4; None: that of x itself, which is no longer what runs.
 
     What compressed-tensors computes at run time, to the bit and in every dtype, so that an artifact
     gives the logits of the simulation: here, unlike in a weight, a constant group is not special.

@@ -156,6 +156,8 @@ def _check_group(what: str, part: TensorScheme | None, where: str, size: int) ->
     if group and size % group:
         fitting = [g for g in (128, 64, 32, 16, 8, 4, 2) if size % g == 0]
         remedy = f"use a divisor such as g{fitting[0]}" if fitting else "leave the group out"
+        if part is not None and part.fp4:
+            remedy = f"{part.grid} has no other, so choose another grid"
         raise RecipeError(
             f"{what} {group} does not divide {where}: {remedy}, or give that layer its own scheme."
         )

@@ -307,10 +307,15 @@ def _terms(affine: Affine, problem: BlockProblem) -> Terms:
 
 
 def _clipping_parameters(problem: BlockProblem) -> dict[str, tuple[Tensor, Tensor]]:
-    """γ of the lower and upper limit of every group of every quantized weight, [out, groups, 1]."""
+    """γ of the lower and upper limit of every group of every weight of an integer grid, [out, groups, 1]: through the
+    range of another grid goes no gradient."""
     parameters = {}
     for name, scheme in problem.schemes.items():
-        if scheme.weight is not None and scheme.weight.granularity != "tensor":
+        if (
+            scheme.weight is not None
+            and scheme.weight.grid == "int"
+            and scheme.weight.granularity != "tensor"
+        ):
             weight = problem.weights[f"{name}.weight"]
             shape = (*to_groups(weight, scheme.weight).shape[:-1], 1)
             lower, upper = (weight.new_full(shape, CLIPPING_START) for _ in range(2))
