@@ -138,6 +138,12 @@ def test_distillation_trains_norms_and_leaves_scales(
             assert value.ndim == 1 or torch.equal(value.float(), after[name].float()), name
 
 
+def test_nothing_to_distil(checkpoint: Zoo, tmp_path: Path, ids: Path) -> None:
+    model = checkpoint("llama", torch.bfloat16)
+    out = quantize(model, tmp_path / "out", ids, "wmxfp4a16", "rtn+distil", "distil.norms=false")
+    assert any("nothing that it could train" in note for note in report(out)["notes"])
+
+
 def test_signround_is_refused(checkpoint: Zoo, tmp_path: Path, ids: Path) -> None:
     model = checkpoint("llama", torch.float32)
     with pytest.raises(RecipeError, match="q_proj has the grid nvfp4: choose another rounding"):

@@ -53,6 +53,10 @@ class Distil(Distillation):
         check = order[:held].sort().values
         training = torch.cat([order[held:], torch.arange(given, problem.windows)])
         thetas = [one.theta for one in problem.trained]
+        if not thetas:
+            loss = problem.loss(check)
+            note = "distillation: the model has nothing that it could train"
+            return Distilled(held, len(training), loss, loss, 0, 0, (note,))
         optimizer = self._optimizer(problem)
         steps, every = self._steps(len(training))
 

@@ -1,4 +1,5 @@
-"""bitfold's own format, for what compressed-tensors cannot say: nf4, keys unlike values, matrices that run.
+"""bitfold's own format, for what compressed-tensors cannot say: nf4, keys unlike values, matrices that run, fp4 beside
+other dtypes than bfloat16.
 
 Loaded by `bitfold.runtime.hf_quantizer`. Each weight is packed into int32 words under the name
 `weight`, so that a transformers that does not know the format stops at a shape it did not expect;

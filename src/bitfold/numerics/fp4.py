@@ -112,8 +112,10 @@ def stored_scale(
 
 
 def _steps_up(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """How many steps of ½ (at most 4), 1 (2) and 2 (1) lie below the number nearest to |x|: numbers are ½ apart up to 2,
-    1 apart up to 4 and 2 apart up to 6. Clamped instead of compared, which is several times as fast on a CPU.
+    """How many steps of ½ (at most 4), 1 (2) and 2 (1) lie below the number nearest to |x|.
+
+    Numbers are ½ apart up to 2, 1 apart up to 4, and 2 apart up to 6. Clamped instead of compared, which is several
+    times as fast on a CPU.
     """
     magnitude = x.abs()
     ones = magnitude.clamp(2, 4).round_().sub_(2)
