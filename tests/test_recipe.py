@@ -84,7 +84,7 @@ def test_needs_are_those_of_the_parts() -> None:
     assert Recipe.make("awq").needs == {"channels", "gram"}
     assert Recipe.make("rtn", set=["weight_range=output_error"]).needs == {"gram"}
     static = Recipe.make("rtn", "w8a8", set=["activation.static=true"])
-    assert static.static_activations
+    assert static.calibrates_activations
     assert static.needs == {"rows", "channels"}
 
 
@@ -278,8 +278,9 @@ def test_held_against_a_network(
         ("w4a16kv4", "low", ["rotation", "smoothquant", "wush", "qep", "gptq"]),
         ("w8a16", "high", ["qep", "gptq"]),
         ("w8a8", None, ["smoothquant", "qep", "gptq"]),
-        ("wnf4a16g64", None, ["nearest"]),
-        ("wfp8afp8", None, ["nearest"]),
+        ("wnf4a16g64", None, ["rotation", "smoothquant", "wush", "qep", "gptq"]),
+        ("wmxfp4a16", "low", ["rotation", "smoothquant", "wush", "qep", "gptq"]),
+        ("wnvfp4anvfp4", "high", ["rotation", "smoothquant", "wush", "qep", "gptq"]),
     ],
 )
 def test_auto_chooses_by_scheme_and_effort(

@@ -44,10 +44,10 @@ class TensorScheme(BaseModel):
             raise ValueError(f"grid {self.grid} has no zero-point: set symmetric=true")
         if self.narrow and not (self.grid == "int" and self.symmetric):
             raise ValueError("narrow=true belongs to symmetric integer grids")
-        if (self.granularity == "group") != (self.group_size is not None):
-            raise ValueError("group_size goes with granularity=group, and only with it")
         if self.fp4 and self.static:
             raise ValueError(f"grid {self.grid} finds a group's scale as it runs: leave out static")
+        if (self.granularity == "group") != (self.group_size is not None):
+            raise ValueError("group_size goes with granularity=group, and only with it")
         size = _FIXED_GROUPS.get(self.grid, self.group_size)
         if self.group_size != size:
             raise ValueError(
