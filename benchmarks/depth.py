@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,37 +105,38 @@ def bare_interpreter_mb() -> float:
 # -- a checkpoint that never is in memory as a whole -----------------------------------------------
 
 
-def write_checkpoint(path: Path, layers: int) -> None:
+def write_checkpoint(path: Path, layers: int, shape: Mapping[str, int] = SHAPE) -> None:
     """A random Llama in bf16, one file as TinyLlama-1.1B has it, weights N(0, 0.02²)."""
     import torch
     from transformers import LlamaConfig
 
     config = LlamaConfig(
-        **SHAPE, num_hidden_layers=layers, max_position_embeddings=2048, dtype=torch.bfloat16
+        **shape, num_hidden_layers=layers, max_position_embeddings=2048, dtype=torch.bfloat16
     )
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(path)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, shape in tensor_shapes(layers):
-        start, end = end, end + 2 * torch.Size(shape).numel()
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    tensors = list(tensor_shapes(layers, shape))
+    for name, size in tensors:
+        start, end = end, end + 2 * torch.Size(size).numel()
+        header[name] = {"dtype": "BF16", "shape": size, "data_offsets": [start, end]}
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
     generator = torch.Generator().manual_seed(0)
     with (path / "model.safetensors").open("wb") as stream:
         stream.write(len(head).to_bytes(8, "little") + head)
-        for name, shape in tensor_shapes(layers):
-            tensor = torch.ones(shape, dtype=torch.bfloat16)
+        for name, size in tensors:
+            tensor = torch.ones(size, dtype=torch.bfloat16)
             if not name.endswith("norm.weight"):
                 tensor.normal_(0, 0.02, generator=generator)
             stream.write(tensor.view(torch.uint8).numpy().data)
 
 
-def tensor_shapes(layers: int) -> Iterator[tuple[str, list[int]]]:
-    hidden, inner = SHAPE["hidden_size"], SHAPE["intermediate_size"]
-    keys = hidden // SHAPE["num_attention_heads"] * SHAPE["num_key_value_heads"]
-    yield "model.embed_tokens.weight", [SHAPE["vocab_size"], hidden]
+def tensor_shapes(layers: int, shape: Mapping[str, int]) -> Iterator[tuple[str, list[int]]]:
+    hidden, inner = shape["hidden_size"], shape["intermediate_size"]
+    keys = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
+    yield "model.embed_tokens.weight", [shape["vocab_size"], hidden]
     for index in range(layers):
         prefix = f"model.layers.{index}."
         yield prefix + "input_layernorm.weight", [hidden]
@@ -148,7 +149,7 @@ def tensor_shapes(layers: int) -> Iterator[tuple[str, list[int]]]:
         yield prefix + "mlp.up_proj.weight", [inner, hidden]
         yield prefix + "mlp.down_proj.weight", [hidden, inner]
     yield "model.norm.weight", [hidden]
-    yield "lm_head.weight", [SHAPE["vocab_size"], hidden]
+    yield "lm_head.weight", [shape["vocab_size"], hidden]
 
 
 # -- the page --------------------------------------------------------------------------------------
