@@ -12,6 +12,7 @@ from bitfold.distillation import Distillation
 from bitfold.models.skeleton import Skeleton
 from bitfold.pipeline.job import Job
 from bitfold.pipeline.streams import Streams, advance
+from bitfold.runtime.device import has_fast_bfloat16
 from bitfold.runtime.load import load
 
 __all__ = ["Material", "gather"]
@@ -96,12 +97,12 @@ def _logits(
 def _last_hidden(job: Job, tokens: Tensor) -> Tensor:
     """What the original's last block gives for its own text, [windows, length, hidden].
 
-    On half precision's products, unless the run is in float64: the text is the original's by chance anyway, and what
-    is kept is judged by real text.
+    By half precision's products where they are quicker, unless the run is in float64: the text is the original's by
+    chance anyway, and what is kept is judged by real text.
     """
     skeleton = job.skeleton
     hidden = skeleton.embed(skeleton.load_outer(job.dtype), tokens.to(skeleton.device)).cpu()
-    low = job.dtype != torch.float64
+    low = job.dtype != torch.float64 and has_fast_bfloat16(skeleton.device)
     with torch.autocast(skeleton.device.type, torch.bfloat16, enabled=low):
         for index in range(len(skeleton.blocks)):
             weights = skeleton.load_block(index, job.dtype)
