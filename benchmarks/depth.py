@@ -1,6 +1,7 @@
 """Memory and time against depth: random Llamas of TinyLlama-1.1B's shape, quantized, beside `cp` of the same file.
 
     python benchmarks/depth.py --layers 11 22 --out docs/results/depth
+    python benchmarks/depth.py --layers 22 --method auto --scheme w3a16g128 --samples 8 --out docs/results/depth-auto
 
 Each checkpoint is one safetensors file, written block by block into a temporary directory and removed afterwards. The
 peak of the resident memory is the kernel's own figure (VmHWM) for the `bitfold quantize` process, less that of an
@@ -33,6 +34,9 @@ SHAPE = {
     "vocab_size": 32000,
 }
 
+# Tokens of a calibration window.
+LENGTH = 256
+
 
 def main() -> None:
     options = parse_arguments()
@@ -57,6 +61,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--layers", type=int, nargs="+", default=[11, 22])
     add("--method", default="rtn")
     add("--scheme", default="w4a16g128")
+    add("--samples", type=int, help="calibrate on so many windows of 256 random tokens")
     add("--dtype", nargs="+", default=["auto"], help="of the simulation; auto: float32 on a CPU")
     add("--threads", type=int, default=2)
     add("--work", type=Path, help="where the temporary checkpoints go; default: the system's place")
@@ -72,7 +77,17 @@ def measure(directory: Path, layers: int, dtype: str, options: argparse.Namespac
     subprocess.run(["cp", weights, directory / "copy"], check=True)
     copy_seconds = time.perf_counter() - start
     (directory / "copy").unlink()
-    asked = ["--method", options.method, "--scheme", options.scheme, "--dtype", dtype]
+    asked: list[str | Path] = [
+        "--method",
+        options.method,
+        "--scheme",
+        options.scheme,
+        "--dtype",
+        dtype,
+    ]
+    if options.samples is not None:
+        asked += ["--samples", str(options.samples)]
+        asked += ["--calibration", write_tokens(directory / "tokens.npy", options.samples)]
     made = bitfold_json("quantize", model, "-o", directory / "artifact", *asked)
     shutil.rmtree(directory / "artifact")
     return {
@@ -80,6 +95,7 @@ def measure(directory: Path, layers: int, dtype: str, options: argparse.Namespac
         "method": options.method,
         "scheme": options.scheme,
         "dtype": dtype,
+        "samples": options.samples,
         "load_average": os.getloadavg()[0],
         "bytes": size,
         "bare_mb": bare_interpreter_mb(),
@@ -93,6 +109,14 @@ def measure(directory: Path, layers: int, dtype: str, options: argparse.Namespac
         "artifact_bytes": made["size_bytes"],
         "bits_per_weight": made["bits_per_weight"],
     }
+
+
+def write_tokens(path: Path, samples: int) -> Path:
+    import numpy as np
+
+    generator = np.random.default_rng(0)
+    np.save(path, generator.integers(0, SHAPE["vocab_size"], (samples, LENGTH)))
+    return path
 
 
 def bare_interpreter_mb() -> float:
@@ -166,7 +190,8 @@ def page(content: dict[str, Any]) -> str:
         "",
         "Random Llamas of TinyLlama-1.1B's shape (hidden 2048, FFN 5632, 32 heads, 4 KV heads, vocabulary 32000) in "
         "bf16, one safetensors file each, "
-        f"`bitfold quantize --method {rows[0]['method']} --scheme {rows[0]['scheme']} --dtype …`.",
+        f"`bitfold quantize --method {rows[0]['method']} --scheme {rows[0]['scheme']} --dtype …`"
+        + (f", {rows[0]['samples']} windows of {LENGTH} tokens." if rows[0]["samples"] else "."),
         "",
         "Peak: VmHWM of the process; above bare: less that of an interpreter that only imports bitfold. Seconds are "
         "without the interpreter's start; reading, rounding, packing, writing, reading back and verifying every block "
