@@ -1,6 +1,7 @@
 """Memory and time against depth: random Llamas of TinyLlama-1.1B's shape, quantized, beside `cp` of the same file.
 
     python benchmarks/depth.py --layers 11 22 --out docs/results/depth
+    python benchmarks/depth.py --layers 22 --method auto --scheme w3a16g128 --samples 8 --out docs/results/depth-auto
 
 Each checkpoint is one safetensors file, written block by block into a temporary directory and removed afterwards. The
 peak of the resident memory is the kernel's own figure (VmHWM) for the `bitfold quantize` process, less that of an
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ SHAPE = {
     "num_key_value_heads": 4,
     "vocab_size": 32000,
 }
+
+# Tokens of a calibration window.
+LENGTH = 256
 
 
 def main() -> None:
@@ -57,6 +61,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--layers", type=int, nargs="+", default=[11, 22])
     add("--method", default="rtn")
     add("--scheme", default="w4a16g128")
+    add("--samples", type=int, help="calibrate on so many windows of 256 random tokens")
     add("--dtype", nargs="+", default=["auto"], help="of the simulation; auto: float32 on a CPU")
     add("--threads", type=int, default=2)
     add("--work", type=Path, help="where the temporary checkpoints go; default: the system's place")
@@ -72,7 +77,17 @@ def measure(directory: Path, layers: int, dtype: str, options: argparse.Namespac
     subprocess.run(["cp", weights, directory / "copy"], check=True)
     copy_seconds = time.perf_counter() - start
     (directory / "copy").unlink()
-    asked = ["--method", options.method, "--scheme", options.scheme, "--dtype", dtype]
+    asked: list[str | Path] = [
+        "--method",
+        options.method,
+        "--scheme",
+        options.scheme,
+        "--dtype",
+        dtype,
+    ]
+    if options.samples is not None:
+        asked += ["--samples", str(options.samples)]
+        asked += ["--calibration", write_tokens(directory / "tokens.npy", options.samples)]
     made = bitfold_json("quantize", model, "-o", directory / "artifact", *asked)
     shutil.rmtree(directory / "artifact")
     return {
@@ -80,6 +95,7 @@ def measure(directory: Path, layers: int, dtype: str, options: argparse.Namespac
         "method": options.method,
         "scheme": options.scheme,
         "dtype": dtype,
+        "samples": options.samples,
         "load_average": os.getloadavg()[0],
         "bytes": size,
         "bare_mb": bare_interpreter_mb(),
@@ -95,6 +111,14 @@ def measure(directory: Path, layers: int, dtype: str, options: argparse.Namespac
     }
 
 
+def write_tokens(path: Path, samples: int) -> Path:
+    import numpy as np
+
+    generator = np.random.default_rng(0)
+    np.save(path, generator.integers(0, SHAPE["vocab_size"], (samples, LENGTH)))
+    return path
+
+
 def bare_interpreter_mb() -> float:
     """Peak resident memory of a Python that imports bitfold and does nothing, in MiB."""
     code = "import bitfold; from bitfold.evaluate.memory import peak_rss_mb; print(peak_rss_mb())"
@@ -105,37 +129,38 @@ def bare_interpreter_mb() -> float:
 # -- a checkpoint that never is in memory as a whole -----------------------------------------------
 
 
-def write_checkpoint(path: Path, layers: int) -> None:
+def write_checkpoint(path: Path, layers: int, shape: Mapping[str, int] = SHAPE) -> None:
     """A random Llama in bf16, one file as TinyLlama-1.1B has it, weights N(0, 0.02²)."""
     import torch
     from transformers import LlamaConfig
 
     config = LlamaConfig(
-        **SHAPE, num_hidden_layers=layers, max_position_embeddings=2048, dtype=torch.bfloat16
+        **shape, num_hidden_layers=layers, max_position_embeddings=2048, dtype=torch.bfloat16
     )
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(path)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, shape in tensor_shapes(layers):
-        start, end = end, end + 2 * torch.Size(shape).numel()
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    tensors = list(tensor_shapes(layers, shape))
+    for name, size in tensors:
+        start, end = end, end + 2 * torch.Size(size).numel()
+        header[name] = {"dtype": "BF16", "shape": size, "data_offsets": [start, end]}
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
     generator = torch.Generator().manual_seed(0)
     with (path / "model.safetensors").open("wb") as stream:
         stream.write(len(head).to_bytes(8, "little") + head)
-        for name, shape in tensor_shapes(layers):
-            tensor = torch.ones(shape, dtype=torch.bfloat16)
+        for name, size in tensors:
+            tensor = torch.ones(size, dtype=torch.bfloat16)
             if not name.endswith("norm.weight"):
                 tensor.normal_(0, 0.02, generator=generator)
             stream.write(tensor.view(torch.uint8).numpy().data)
 
 
-def tensor_shapes(layers: int) -> Iterator[tuple[str, list[int]]]:
-    hidden, inner = SHAPE["hidden_size"], SHAPE["intermediate_size"]
-    keys = hidden // SHAPE["num_attention_heads"] * SHAPE["num_key_value_heads"]
-    yield "model.embed_tokens.weight", [SHAPE["vocab_size"], hidden]
+def tensor_shapes(layers: int, shape: Mapping[str, int]) -> Iterator[tuple[str, list[int]]]:
+    hidden, inner = shape["hidden_size"], shape["intermediate_size"]
+    keys = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
+    yield "model.embed_tokens.weight", [shape["vocab_size"], hidden]
     for index in range(layers):
         prefix = f"model.layers.{index}."
         yield prefix + "input_layernorm.weight", [hidden]
@@ -148,7 +173,7 @@ def tensor_shapes(layers: int) -> Iterator[tuple[str, list[int]]]:
         yield prefix + "mlp.up_proj.weight", [inner, hidden]
         yield prefix + "mlp.down_proj.weight", [hidden, inner]
     yield "model.norm.weight", [hidden]
-    yield "lm_head.weight", [SHAPE["vocab_size"], hidden]
+    yield "lm_head.weight", [shape["vocab_size"], hidden]
 
 
 # -- the page --------------------------------------------------------------------------------------
@@ -165,7 +190,8 @@ def page(content: dict[str, Any]) -> str:
         "",
         "Random Llamas of TinyLlama-1.1B's shape (hidden 2048, FFN 5632, 32 heads, 4 KV heads, vocabulary 32000) in "
         "bf16, one safetensors file each, "
-        f"`bitfold quantize --method {rows[0]['method']} --scheme {rows[0]['scheme']} --dtype …`.",
+        f"`bitfold quantize --method {rows[0]['method']} --scheme {rows[0]['scheme']} --dtype …`"
+        + (f", {rows[0]['samples']} windows of {LENGTH} tokens." if rows[0]["samples"] else "."),
         "",
         "Peak: VmHWM of the process; above bare: less that of an interpreter that only imports bitfold. Seconds are "
         "without the interpreter's start; reading, rounding, packing, writing, reading back and verifying every block "

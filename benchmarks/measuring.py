@@ -52,16 +52,17 @@ _KEPT = (
 
 @dataclass(frozen=True)
 class Asked:
-    """What `bitfold quantize` is asked for, as its --method, --effort, --scheme and --set say it."""
+    """What `bitfold quantize` is asked for, as its --method, --effort, --scheme, --bits and --set say it."""
 
     method: str
     scheme: str
     set: tuple[str, ...] = ()
     effort: str | None = None
+    bits: str | None = None
 
     @classmethod
     def parse(cls, method: str, scheme: str, *set: str) -> "Asked":
-        """Either may bring its own settings; a method's `effort=high` is --effort.
+        """Either may bring its own settings; `effort=high` is --effort, `bits=2.5` is --bits.
 
         >>> Asked.parse("awq:awq.steps=10,awq.weight_aware=false", "w8a8:activation.static=true").set
         ('activation.static=true', 'awq.steps=10', 'awq.weight_aware=false')
@@ -69,16 +70,17 @@ class Asked:
         name, _, of_method = method.partition(":")
         notation, _, of_scheme = scheme.partition(":")
         own = [item for item in f"{of_scheme},{of_method}".split(",") if item]
-        efforts = [item.partition("=")[2] for item in own if item.startswith("effort=")]
-        own = [item for item in own if not item.startswith("effort=")]
-        return cls(name, notation, (*own, *set), efforts[-1] if efforts else None)
+        options = dict(item.split("=", 1) for item in own if item.startswith(("effort=", "bits=")))
+        own = [item for item in own if not item.startswith(("effort=", "bits="))]
+        return cls(name, notation, (*own, *set), options.get("effort"), options.get("bits"))
 
     @property
     def arguments(self) -> list[str]:
         """For the command line."""
         pairs = [part for item in self.set for part in ("--set", item)]
         effort = [] if self.effort is None else ["--effort", self.effort]
-        return ["--method", self.method, *effort, "--scheme", self.scheme, *pairs]
+        bits = [] if self.bits is None else ["--bits", self.bits]
+        return ["--method", self.method, *effort, "--scheme", self.scheme, *bits, *pairs]
 
     def recipe(self) -> Row:
         """The recipe in full: it changes with the defaults."""

@@ -26,6 +26,20 @@ def test_falling_bits_and_group_sizes() -> None:
     assert found[1].scheme == weight_scheme("w8a16g64")
 
 
+@pytest.mark.parametrize(
+    ("notation", "names"),
+    [
+        ("w4a16g128", ["16", "8g128", "4g128", "4g64", "4g32", "2g128", "2g64", "2g32"]),
+        ("w4a16g64", ["16", "8g64", "4g64", "4g32", "2g64", "2g32"]),
+        ("w4a16g32", ["16", "8g32", "4g32", "2g32"]),
+        ("w4a16", ["16", "8", "4", "2"]),
+    ],
+)
+def test_few_bits_come_in_finer_groups_too(notation: str, names: list[str]) -> None:
+    found = candidates(weight_scheme(notation), (16, 8, 4, 2), ())
+    assert [candidate.name for candidate in found] == names
+
+
 def test_what_bits_do_not_say_is_the_schemes() -> None:
     template = weight_scheme("w4a16").model_copy(update={"symmetric": True, "narrow": True})
     (found,) = candidates(template, (3,), ())

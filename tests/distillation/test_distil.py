@@ -31,9 +31,11 @@ class Quadratic:
         self.low_adds = low_adds or 0.0
         self.in_low: list[bool] = []
         self.passed = [0, 0]
+        training, check = Distil().split(windows - written, seed=0)
+        training = torch.cat([training, torch.arange(windows - written, windows)])
         self.problem = DistilProblem(
-            [self.one], self.loss, self.gradient, windows, 0, lambda done, total, what: None,
-            written=written, exact=low_adds is None,
+            [self.one], self.loss, self.gradient, training, check, 0,
+            lambda done, total, what: None, exact=low_adds is None,
         )  # fmt: skip
 
     def _distance(self, windows: Tensor) -> Tensor:

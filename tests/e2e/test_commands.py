@@ -50,6 +50,21 @@ def test_quantize(run: Run, tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
+def test_the_default_method_is_auto_and_effort_is_heard(run: Run, tmp_path: Path) -> None:
+    few = "--samples 2 --sequence-length 64"
+    shown = good(run(f"quantize {DEMO_MODEL} -o {tmp_path}/out --effort low {few}"))
+    assert "from_pretrained" in shown.out
+    recipe = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
+    assert recipe["method"] == "auto"
+    assert [next(iter(part)) for part in recipe["transforms"]][-1] == "wush"
+    assert next(iter(recipe["rounding"])) == "gptq"
+    assert recipe.get("distillation") is None
+    outcome = run(f"quantize {DEMO_MODEL} -o {tmp_path}/other --effort hihg {few}")
+    assert outcome.code != 0
+    assert "did you mean 'high'" in outcome.err
+    assert not (tmp_path / "other").exists()
+
+
 def test_quantize_in_json(run: Run, tmp_path: Path) -> None:
     outcome = good(run(f"quantize {DEMO_MODEL} -o {tmp_path}/out {AWQ} --json"))
     made = outcome.json

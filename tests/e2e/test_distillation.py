@@ -101,14 +101,15 @@ def test_codes_move_where_they_are_asked_to_and_the_kl_falls_further(
     assert changed & {"weight_packed", "weight"}
 
 
+@pytest.mark.parametrize(("own", "count"), [("written=6", 34), ("resampled=2", 3 * 28)])
 def test_windows_of_the_model_s_own_are_trained_on_not_judged_by(
-    checkpoint: Zoo, tmp_path: Path, ids: Path
+    own: str, count: int, checkpoint: Zoo, tmp_path: Path, ids: Path
 ) -> None:
     model = checkpoint("llama", torch.float32)
-    settings = ["distil.codes=true", "distil.written=6"]
+    settings = ["distil.codes=true", f"distil.{own}"]
     made = quantize(model, tmp_path / "out", ids, scheme="w2a16g32", set=settings)
     assert made.distillation is not None
-    assert (made.distillation["held_back"], made.distillation["training"]) == (4, 34)
+    assert (made.distillation["held_back"], made.distillation["training"]) == (4, count)
     again = quantize(model, tmp_path / "again", ids, scheme="w2a16g32", set=settings)
     assert again.distillation == made.distillation
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import bitfold
@@ -60,6 +61,39 @@ def test_artifacts_of_turned_models_load_and_are_better(
             batch
         ).logits.norm()
     assert change < 0.05
+
+
+@pytest.mark.parametrize(
+    ("family", "turned"),
+    [
+        ("llama", True),  # its head is a tensor of its own already
+        ("qwen2", False),  # its head is its embeddings: turned, it would have to be stored
+        ("gemma3", False),  # its stream takes no rotation
+    ],
+)
+def test_where_free_turns_only_what_costs_nothing(
+    family: str, turned: bool, tokens: Path, tmp_path: Path
+) -> None:
+    model = build(family, torch.float32, tmp_path / "model")
+    asked = {"method": "rotation", "scheme": "w4a16", "calibration": [tokens]}
+    free = bitfold.quantize(model, tmp_path / "free", set=["rotation.where_free=true"], **asked)
+    plain = bitfold.quantize(model, tmp_path / "plain", **(asked | {"method": "rtn"}))
+    skeleton = skeleton_for(
+        Checkpoint(model), Recipe.make("rotation", set=["rotation.where_free=true"]), CPU
+    )
+    assert isinstance(skeleton, TurnedSkeleton) == turned
+    assert tensor_shapes(free.out) == tensor_shapes(plain.out)
+    config = json.loads((free.out / "config.json").read_text())
+    original = json.loads((model / "config.json").read_text())
+    assert config.get("tie_word_embeddings") == original.get("tie_word_embeddings")
+
+
+def tensor_shapes(artifact: Path) -> dict[str, tuple[int, ...]]:
+    return {
+        name: tuple(value.shape)
+        for file in artifact.glob("*.safetensors")
+        for name, value in load_file(file).items()
+    }
 
 
 def test_a_killed_run_of_a_turned_model_resumes(

@@ -11,6 +11,10 @@ from bitfold.numerics import TensorScheme, scale_dtype_of
 
 __all__ = ["Candidate", "LayerGroup", "candidates", "layer_groups", "weight_bits"]
 
+# Finer groups than the scheme's are offered up to this many bits, and down to the size that engines have kernels for.
+_FEW_BITS = 4
+_FINEST = 32
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -53,6 +57,9 @@ def candidates(
 ) -> tuple[Candidate, ...]:
     """The candidates in order of falling bits and group size; what they do not say is as in the template.
 
+    Without group sizes: the template's, and of at most 4 bits finer ones too. Layers differ less than a whole bit
+    costs, so that it takes steps between two widths to beat the same for all.
+
     Raises RecipeError where the template is no integer grid.
     """
     if template.grid != "int":
@@ -60,18 +67,23 @@ def candidates(
             f"Bits are found for integer grids, and the scheme's weights are {template.grid}: choose a scheme such as "
             "w4a16g128."
         )
-    sizes: Sequence[int | None] = sorted(set(group_sizes), reverse=True)
-    sizes = sizes or [template.group_size]
     found: list[Candidate] = []
     for width in sorted(set(bits), reverse=True):
         if width == 16:
             found.append(Candidate(None))
             continue
-        for size in sizes:
+        for size in sorted(set(group_sizes), reverse=True) or _sizes(template.group_size, width):
             where = {"granularity": "group"} if size else {"granularity": template.granularity}
             changed = template.model_dump() | where | {"bits": width, "group_size": size}
             found.append(Candidate(TensorScheme.model_validate(changed)))
     return tuple(found)
+
+
+def _sizes(own: int | None, width: int) -> list[int | None]:
+    """Group sizes for a width: the scheme's own, and of few bits its half and its quarter where engines have them."""
+    if own is None or width > _FEW_BITS:
+        return [own]
+    return [own, *(own // share for share in (2, 4) if own // share >= _FINEST)]
 
 
 def layer_groups(

@@ -52,7 +52,7 @@ class Budget:
 class Mixed:
     """How bits are looked for.
 
-    bits: of the candidates, 16 leaves a matrix alone. group_sizes: of the candidates; without any the scheme's own.
+    bits: of the candidates, 16 leaves a matrix alone. group_sizes: of the candidates; without any see `candidates`.
     per: one choice for every layer, or for every kind of operator in all blocks. fuse: layers that share an input
     (q, k, v; gate, up), which engines run as one, share a choice. windows, length: how much calibration text the
     sensitivities are measured on. table: a JSON file of measured latencies.

@@ -28,10 +28,10 @@ _LARGEST_CHANGE = 0.1
 
 class Distil(Distillation):
     """epochs: passes over the training windows, at most. batch: windows in a step. rate: of the first step, relative to
-    what is trained; falls to zero along a cosine. code_rate: the same of codes, in codes. held_back: share of the
-    calibration windows that are not trained on, by which the best state is chosen. checks: how often in an epoch.
-    patience: checks without progress that end it, unless codes are trained: they settle only as the rate falls.
-    compute: of a step's matrix products; `auto`: bfloat16 where that changes the first loss by less than 10 %."""
+    what is trained; falls to zero along a cosine. code_rate: the same of codes, in codes. checks: how often in an epoch
+    the windows that are held back are looked at. patience: checks without progress that end it, unless codes are
+    trained: they settle only as the rate falls. compute: of a step's matrix products; `auto`: bfloat16 where that
+    changes the first loss by less than 10 %."""
 
     needs = frozenset[Need]({"loss"})
 
@@ -40,18 +40,13 @@ class Distil(Distillation):
     rate: float = Field(default=5e-3, gt=0)
     code_rate: float = Field(default=2e-2, gt=0)
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
-    held_back: float = Field(default=0.125, gt=0, lt=1)
     checks: int = Field(default=2, ge=1)
     patience: int = Field(default=4, ge=1)
 
     def fit(self, problem: DistilProblem) -> Distilled:
         """See `Distillation.fit`. Adam; a loss that is not finite goes back to the best state and ends it."""
         generator = torch.Generator().manual_seed(problem.seed)
-        given = problem.windows - problem.written
-        order = torch.randperm(given, generator=generator)
-        held = self._held(given)
-        check = order[:held].sort().values
-        training = torch.cat([order[held:], torch.arange(given, problem.windows)])
+        training, check = problem.training, problem.check
         thetas = [one.theta for one in problem.trained]
         if not thetas:
             loss = problem.loss(check)
@@ -101,14 +96,14 @@ class Distil(Distillation):
         with torch.no_grad():
             for theta, value in zip(thetas, best, strict=True):
                 theta.copy_(value)
-        return Distilled(held, len(training), before, best_loss, step, kept, tuple(notes))
+        return Distilled(len(check), len(training), before, best_loss, step, kept, tuple(notes))
 
     def passes(self, windows: int) -> tuple[int, int]:
         """See `Distillation.passes`."""
-        held = self._held(windows)
-        training = windows - held + self.written
+        training, check = map(len, self.split(windows, seed=0))
+        training += self.written + self.resampled * training
         steps, every = self._steps(training)
-        return round(self.epochs * training), held * (1 + math.ceil(steps / every))
+        return round(self.epochs * training), check * (1 + math.ceil(steps / every))
 
     def _may_be_low(self, problem: DistilProblem, windows: Tensor) -> bool:
         if self.compute != "auto":
@@ -135,9 +130,6 @@ class Distil(Distillation):
         for _ in range(math.ceil(self.epochs)):
             order = torch.randperm(len(training), generator=generator)
             yield from training[order].split(self.batch)
-
-    def _held(self, windows: int) -> int:
-        return min(windows - 1, math.ceil(self.held_back * windows))
 
 
 def _copy(thetas: list[Tensor]) -> list[Tensor]:

@@ -8,31 +8,26 @@ again, and a kill after it puts the same tensors into them again.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bitfold.data.data_free import write_windows
 from bitfold.distillation import Distillation, DistilProblem
 from bitfold.export.artifact import shard_name, tensor_sums
 from bitfold.pipeline.block import run_quantized
 from bitfold.pipeline.job import Job
+from bitfold.pipeline.material import gather
 from bitfold.pipeline.outer import outer_tensors, outer_weights
 from bitfold.pipeline.shards import block_from_tensors, block_tensors, check_shard
-from bitfold.pipeline.streams import Streams, advance
+from bitfold.pipeline.streams import Streams
 from bitfold.pipeline.student import Student
 from bitfold.pipeline.workdir import Workdir
-from bitfold.runtime.load import load
 
 __all__ = ["learn", "put_in"]
 
 Report = Callable[[int, int, str], None]
-
-# Tokens of a calibration window with which the original begins a window of its own.
-BEGINNING = 16
 
 
 def learn(job: Job, workdir: Workdir, streams: Streams, report: Report) -> None:
@@ -41,16 +36,17 @@ def learn(job: Job, workdir: Workdir, streams: Streams, report: Report) -> None:
     streams: after the last block.
     """
     options, notes = _within_reach(job, workdir)
-    tokens, original = _material(job, streams, options.written, report)
-    student = Student(job, workdir.path, tokens, original, options)
+    seed = job.plan.recipe.seed * 10_007 + 5_003
+    material = gather(job, streams, options, seed, report)
+    student = Student(job, workdir.path, material.tokens, material.original, options)
     problem = DistilProblem(
         trained=student.trained,
         loss=student.loss,
         gradient=student.gradient,
-        windows=tokens.shape[0],
-        written=options.written,
+        training=material.training,
+        check=material.check,
         exact=job.dtype == torch.float64,
-        seed=job.plan.recipe.seed * 10_007 + 5_003,
+        seed=seed,
         report=report,
     )
     found = options.fit(problem)
@@ -73,35 +69,7 @@ def _within_reach(job: Job, workdir: Workdir) -> tuple[Distillation, list[str]]:
         f"distillation: the codes stay, because {count:,} are more than distil.most_codes={options.most_codes:,} "
         "(training one takes 20 bytes of memory)"
     )
-    return options.model_copy(update={"codes": False, "written": 0}), [note]
-
-
-@torch.no_grad()
-def _material(job: Job, streams: Streams, written: int, report: Report) -> tuple[Tensor, Tensor]:
-    """Token ids [windows, length] to learn from, and what the original's last block gives for them: the calibration's,
-    and after them so many windows that the original writes itself."""
-    skeleton, given = job.skeleton, job.stream_tokens
-    assert given is not None
-    assert streams.original is not None
-    if not written:
-        return given, streams.original
-    begun = given[torch.arange(written) % given.shape[0], :BEGINNING]
-    # Text may be drawn from bfloat16's probabilities as well: what is learned of it comes from the run's own dtype.
-    dtype = job.dtype if job.dtype == torch.float64 else torch.bfloat16
-    model = load(skeleton.checkpoint.path, device=skeleton.device, dtype=dtype)
-    own = write_windows(
-        model,
-        given.shape[1],
-        job.plan.recipe.seed,
-        lambda done, total: report(done, total, "the original writes text"),
-        begun,
-    )
-    del model
-    hidden = skeleton.embed(skeleton.load_outer(job.dtype), own.to(skeleton.device)).cpu()
-    for index in range(len(skeleton.blocks)):
-        weights = skeleton.load_block(index, job.dtype)
-        advance(hidden, partial(skeleton.run, index, weights), skeleton.device)
-    return torch.cat([given, own]), torch.cat([streams.original, hidden])
+    return options.model_copy(update={"codes": False, "written": 0, "resampled": 0}), [note]
 
 
 def put_in(job: Job, workdir: Workdir, learned: Mapping[str, Tensor], report: Report) -> Tensor:

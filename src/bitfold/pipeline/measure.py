@@ -1,9 +1,14 @@
-"""Statistics of what a block's linear layers are given, over the calibration stream."""
+"""Statistics of what a block's linear layers are given, over the calibration stream.
+
+Where the checkpoint is stored in half precision, as engines run it, the products of the block on the way to its
+inputs are too, if that is quicker; sums are float32's. The streams themselves are exact.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from bitfold.models.skeleton import Skeleton
@@ -12,6 +17,7 @@ from bitfold.part import Need
 from bitfold.pipeline.hooks import InputQuantizer, quantizing, run_for_inputs
 from bitfold.pipeline.plan import Plan
 from bitfold.pipeline.streams import Streams, batches
+from bitfold.runtime.device import has_fast_bfloat16
 from bitfold.statistics import InputStatistics
 
 __all__ = ["input_statistics"]
@@ -43,23 +49,39 @@ def input_statistics(
     exact: dict[str, Tensor] = {}
 
     def receiver(name: str) -> Callable[[Tensor], None]:
-        return lambda x: statistics[name].update(x, exact.get(name))
+        def receive(x: Tensor) -> None:
+            with torch.autocast(x.device.type, enabled=False):
+                statistics[name].update(x, exact.get(name))
+
+        return receive
 
     receivers = {name: receiver(name) for name in names}
     started = (
         batches(streams.original) if "cross" in needs and streams.original is not None else None
     )
+    low = partial(
+        torch.autocast,
+        skeleton.device.type,
+        torch.bfloat16,
+        enabled=_may_be_low(skeleton, plan, stream),
+    )
     for batch in batches(stream):
         if started is not None:
             assert original is not None
-            _keep_inputs(skeleton, index, original, next(started), names, exact)
-        with _as_quantized(skeleton, index, plan, inputs):
+            with low():
+                _keep_inputs(skeleton, index, original, next(started), names, exact)
+        with low(), _as_quantized(skeleton, index, plan, inputs):
             run_for_inputs(
                 skeleton.blocks[index],
                 receivers,
                 partial(skeleton.run, index, weights, batch.to(skeleton.device)),
             )
     return statistics
+
+
+def _may_be_low(skeleton: Skeleton, plan: Plan, stream: Tensor) -> bool:
+    stored_low = plan.storage in (torch.bfloat16, torch.float16)
+    return stored_low and stream.dtype == torch.float32 and has_fast_bfloat16(skeleton.device)
 
 
 def _keep_inputs(

@@ -8,7 +8,7 @@ import torch
 
 from bitfold.errors import RecipeError, did_you_mean
 
-__all__ = ["resolve_device", "resolve_dtype"]
+__all__ = ["has_fast_bfloat16", "resolve_device", "resolve_dtype"]
 
 DTYPES = {
     "float64": torch.float64,
@@ -60,3 +60,12 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     if dtype not in DTYPES:
         raise RecipeError(f"Unknown dtype '{dtype}': {did_you_mean(dtype, ['auto', *DTYPES])}.")
     return DTYPES[dtype]
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 are quicker there than in float32: on any GPU, on a CPU with instructions
+    for them (elsewhere they are emulated, several times slower)."""
+    if device.type != "cpu":
+        return True
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in checks)
