@@ -1,5 +1,7 @@
 """A packed linear layer computes what a plain one with the dequantized weight does."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -81,7 +83,7 @@ def test_nvfp4_activation(dtype: torch.dtype) -> None:
     assert scheme.weight is not None
     assert scheme.activation is not None
     at = torch.tensor([2.0**18])
-    tensor = rounded(scheme.weight, dtype)
+    tensor = replace(rounded(scheme.weight, dtype), global_scale=at)
     inputs = input_tensors("layer", LayerEntry(scheme, IN, input_scale=at))
     assert list(inputs) == ["layer.input_global_scale"]
     layer = QuantizedLinear(IN, OUT, scheme, bias=False, dtype=dtype)

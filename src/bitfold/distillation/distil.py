@@ -51,7 +51,7 @@ class Distil(Distillation):
         if not thetas:
             loss = problem.loss(check)
             note = "distillation: the model has nothing that it could train"
-            return Distilled(held, len(training), loss, loss, 0, 0, (note,))
+            return Distilled(len(check), len(training), loss, loss, 0, 0, (note,))
         optimizer = self._optimizer(problem)
         steps, every = self._steps(len(training))
 
