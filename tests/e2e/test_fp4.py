@@ -1,13 +1,15 @@
 """mxfp4 and nvfp4 from the scheme to an artifact that plain transformers loads, by every kind of method."""
 
 import json
+import math
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from commands import Run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import bitfold
@@ -70,6 +72,30 @@ def test_plain_transformers_gives_the_simulations_logits(
         found = plain.eval()(TOKENS).logits
         expected = bitfold.load(out, dtype="bfloat16")(TOKENS).logits
     assert torch.equal(found, expected)
+
+
+def test_global_scales(checkpoint: Zoo, tmp_path: Path, ids: Path) -> None:
+    """Layers that share an input share both; an input's is the largest power of two with which nothing is clipped."""
+    model = tmp_path / "model"
+    shutil.copytree(checkpoint("llama", torch.bfloat16), model)
+    stored = load_file(model / "model.safetensors")
+    for layer, factor in (("self_attn.k_proj", 8), ("mlp.up_proj", 1 / 16)):
+        stored[f"model.layers.1.{layer}.weight"] *= factor
+    save_file(stored, model / "model.safetensors", metadata={"format": "pt"})
+    out = quantize(model, tmp_path / "out", ids, "wnvfp4anvfp4", "rtn", "weight_range=mse")
+    tensors = {name: t for file in out.glob("*.safetensors") for name, t in load_file(file).items()}
+    for kind in ("weight_global_scale", "input_global_scale"):
+        for shared in (("self_attn.q_proj", "self_attn.k_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+            one, other = (tensors[f"model.layers.1.{layer}.{kind}"] for layer in shared)
+            assert torch.equal(one, other)
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    seen: list[float] = []
+    first = plain.get_submodule("model.layers.0.self_attn.q_proj")
+    first.register_forward_pre_hook(lambda module, args: seen.append(float(args[0].abs().max())))
+    plain(torch.from_numpy(np.load(ids)))
+    found = float(tensors["model.layers.0.self_attn.q_proj.input_global_scale"])
+    assert math.frexp(found)[0] == 0.5
+    assert found * max(seen) / 6 <= 448 < 2 * found * max(seen) / 6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
