@@ -115,6 +115,14 @@ def test_bits_are_those_of_the_tensor(
     assert weight_bits((outputs, 16), None, storage) == outputs * 16 * storage.itemsize * 8
 
 
+@pytest.mark.parametrize("notation", ["wmxfp4a16", "wnvfp4a16", "wnf4a16g16", "wfp8a16"])
+def test_bits_on_the_other_grids(notation: str) -> None:
+    scheme, weight = weight_scheme(notation), torch.randn(5, 64)
+    limits = torch.aminmax(to_groups(weight, scheme), dim=-1, keepdim=True)
+    tensor = QuantizedTensor.from_limits(weight, *limits, scheme, torch.bfloat16)
+    assert weight_bits((5, 64), scheme, torch.bfloat16) == tensor.bits
+
+
 def test_names() -> None:
     assert Candidate(None).name == "16"
     assert Candidate(weight_scheme("w5a16")).name == "5"

@@ -69,6 +69,13 @@ def test_the_fit_lowers_the_loss_and_says_so() -> None:
     assert set(fit.clipping) == {"linear"}
 
 
+def test_on_another_grid_matrices_are_learned_and_no_clipping() -> None:
+    problem = replace(_problem()[0], schemes={"linear": Scheme.parse("wnvfp4a16")})
+    fit = Affine(epochs=10, compute="float32").fit(problem)
+    assert fit.report["best"] < 0.9 * fit.report["start"]
+    assert fit.clipping == {}
+
+
 def test_no_epochs_does_nothing() -> None:
     problem, _ = _problem()
     fit = Affine(epochs=0).fit(problem)
