@@ -278,9 +278,9 @@ def test_held_against_a_network(
         ("w4a16kv4", "low", ["rotation", "smoothquant", "wush", "qep", "gptq"]),
         ("w8a16", "high", ["qep", "gptq"]),
         ("w8a8", None, ["smoothquant", "qep", "gptq"]),
-        ("wnf4a16g64", None, ["rotation", "smoothquant", "wush", "qep", "gptq"]),
-        ("wmxfp4a16", "low", ["rotation", "smoothquant", "wush", "qep", "gptq"]),
-        ("wnvfp4anvfp4", "high", ["rotation", "smoothquant", "wush", "qep", "gptq"]),
+        ("wnf4a16g64", None, ["rotation", "smoothquant", "wush", "qep", "mse", "gptq"]),
+        ("wmxfp4a16", "low", ["rotation", "smoothquant", "wush", "qep", "mse", "gptq"]),
+        ("wnvfp4anvfp4", "high", ["rotation", "smoothquant", "wush", "qep", "mse", "gptq"]),
     ],
 )
 def test_auto_chooses_by_scheme_and_effort(
