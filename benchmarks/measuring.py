@@ -179,7 +179,7 @@ def remembering(model: "PreTrainedModel") -> "PreTrainedModel":
 def quantize_and_measure(
     measure: Measure,
     asked: Asked,
-    calibration: Path,
+    calibration: Path | str,
     samples: int,
     look: Callable[[Path], Row] = lambda artifact: {},
 ) -> Row:
