@@ -158,6 +158,11 @@ class Recipe(BaseModel):
                 f"{against[0]} makes up for how the quantized model's inputs differ from the original's, and "
                 "stream=original has it see the original's: leave one of the two out"
             )
+        if not (self.rounding.reads_limits or isinstance(self.weight_range, MinMax)):
+            return (
+                f"{type(self.rounding).__name__.lower()} learns what values there are and reads no weight_range: "
+                "leave it at minmax, or name the rounding last"
+            )
         if isinstance(self.rounding, BlockRounding) and self.corrections:
             return (
                 "a correction is followed by codes found layer by layer, and signround finds them by the block's "

@@ -139,6 +139,8 @@ def _unsayable_linear(scheme: Scheme) -> str | None:
     if weight is not None:
         if weight.grid == "nf4":
             return "it has no nf4 grid"
+        if weight.grid == "codebook":
+            return "it has no codebooks"
         if weight.granularity == "token":
             return "a weight has no tokens"
     return None if activation is None else _unsayable_activation(activation)

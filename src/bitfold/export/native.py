@@ -1,4 +1,4 @@
-"""bitfold's own format, for what compressed-tensors cannot say: nf4, keys unlike values, matrices that run.
+"""bitfold's own format, for what compressed-tensors cannot say: nf4, codebooks, keys unlike values, matrices that run.
 
 Loaded by `bitfold.runtime.hf_quantizer`. Each weight is packed into int32 words under the name
 `weight`, so that a transformers that does not know the format stops at a shape it did not expect;
@@ -138,25 +138,31 @@ def extra_config(layout: Layout, model_config: Mapping[str, Any]) -> dict[str, A
 def to_tensors(name: str, tensor: QuantizedTensor, format: WeightFormat) -> dict[str, Tensor]:
     """The tensors of one layer's weight [out, in]; the same for every `format`.
 
-    NAME.weight: [out, ⌈in·bits/32⌉] int32, packed codes (of nf4 the indices − 8, of fp8 the bytes).
+    NAME.weight: [out, ⌈codes·bits/32⌉] int32, packed codes (of fp8 the bytes, of nf4 and codebooks the indices − half
+        of those there could be).
     NAME.weight_shape: [2] int64, out and in.
     NAME.weight_scale: [out, groups] ([1, 1] per tensor) in the scale's dtype.
     NAME.weight_zero_point: [⌈out·bits/32⌉, groups] int32, packed along dim 0; asymmetric only.
+    NAME.weight_codebook: [books, entries, dim] int8; codebooks only.
     """
     del format
     scheme = tensor.scheme
+    half = 1 << (scheme.code_bits - 1)
     signed = {
         "int": lambda codes: codes,
         "fp8_e4m3": lambda codes: codes.view(torch.int8),
-        "nf4": lambda codes: codes.to(torch.int8) - 8,
+        "nf4": lambda codes: (codes - half).view(torch.int8),
+        "codebook": lambda codes: (codes - half).view(torch.int8),
     }[scheme.grid]
     result = {
-        "weight": pack(signed(tensor.codes), scheme.bits),
+        "weight": pack(signed(tensor.codes), scheme.code_bits),
         "weight_scale": tensor.scale,
         "weight_shape": torch.tensor(tensor.shape),
     }
     if tensor.zero is not None:
         result["weight_zero_point"] = pack(tensor.zero.T, scheme.bits).T
+    if tensor.codebook is not None:
+        result["weight_codebook"] = tensor.codebook
     return {f"{name}.{key}": value.contiguous() for key, value in result.items()}
 
 
@@ -167,24 +173,32 @@ def from_tensors(
     del format
     _, columns = tensors[f"{name}.weight_shape"].tolist()
     zero = None if scheme.symmetric else tensors[f"{name}.weight_zero_point"]
+    codebook = None if scheme.codebook is None else tensors[f"{name}.weight_codebook"]
     return unpack_weight(
-        tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"], zero, scheme, columns
+        tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"], zero, codebook, scheme, columns
     )
 
 
 def unpack_weight(
-    words: Tensor, scale: Tensor, zero: Tensor | None, scheme: TensorScheme, columns: int
+    words: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    codebook: Tensor | None,
+    scheme: TensorScheme,
+    columns: int,
 ) -> QuantizedTensor:
-    """The weight [out, columns] behind the words, scales and packed zero-points of `to_tensors`."""
-    signed = unpack(words, scheme.bits, columns)
+    """The weight [out, columns] behind the words, scales, packed zero-points and codebooks of `to_tensors`."""
+    half = 1 << (scheme.code_bits - 1)
+    signed = unpack(words, scheme.code_bits, columns // scheme.values_per_code)
     codes = {
         "int": lambda codes: codes,
         "fp8_e4m3": lambda codes: codes.view(torch.float8_e4m3fn),
-        "nf4": lambda codes: (codes + 8).to(torch.uint8),
+        "nf4": lambda codes: codes.view(torch.uint8) + half,
+        "codebook": lambda codes: codes.view(torch.uint8) + half,
     }[scheme.grid](signed)
     if zero is not None:
         zero = unpack(zero.T, scheme.bits, scale.shape[0]).T.contiguous()
-    return QuantizedTensor(codes, scale, zero, scheme)
+    return QuantizedTensor(codes, scale, zero, scheme, codebook)
 
 
 def _strategy(scheme: Scheme) -> str:

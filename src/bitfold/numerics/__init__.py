@@ -1,6 +1,7 @@
 """Grids, schemes, quantize/dequantize, bit packing: pure functions on tensors."""
 
 from bitfold.numerics.blocks import blocks_product, linear_blocks
+from bitfold.numerics.codebook import CodebookShape, entries_of
 from bitfold.numerics.packing import pack, packed_width, unpack
 from bitfold.numerics.quantize import (
     dequantize,
@@ -15,11 +16,13 @@ from bitfold.numerics.scheme import Scheme, TensorScheme
 from bitfold.numerics.tensor import QuantizedTensor
 
 __all__ = [
+    "CodebookShape",
     "QuantizedTensor",
     "Scheme",
     "TensorScheme",
     "blocks_product",
     "dequantize",
+    "entries_of",
     "fake_quantize",
     "fake_quantize_dynamic",
     "from_groups",

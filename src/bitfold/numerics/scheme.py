@@ -6,10 +6,11 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bitfold.errors import RecipeError
+from bitfold.numerics.codebook import CodebookShape
 
 __all__ = ["GridName", "Scheme", "TensorScheme"]
 
-GridName = Literal["int", "fp8_e4m3", "nf4"]
+GridName = Literal["int", "fp8_e4m3", "nf4", "codebook"]
 Granularity = Literal["tensor", "channel", "group", "token"]
 
 _FIXED_BITS = {"fp8_e4m3": 8, "nf4": 4}
@@ -21,6 +22,7 @@ class TensorScheme(BaseModel):
     `granularity` names the elements that share one scale: all of them (`tensor`), a row of a weight
     (`channel`), `group_size` consecutive inputs of a row (`group`), or the last axis of an activation
     (`token`; for queries, keys and values of shape [batch, head, token, head_dim] that is per token and head).
+    `codebook`: the size of a learned one, once it is known; `bits` are then those that were asked for.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -32,10 +34,11 @@ class TensorScheme(BaseModel):
     granularity: Granularity = "channel"
     group_size: int | None = Field(default=None, ge=2)
     static: bool = False
+    codebook: CodebookShape | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.grid != "int" and self.bits != _FIXED_BITS[self.grid]:
+        if self.bits != _FIXED_BITS.get(self.grid, self.bits):
             raise ValueError(f"grid {self.grid} has {_FIXED_BITS[self.grid]} bits, not {self.bits}")
         if self.grid != "int" and not self.symmetric:
             raise ValueError(f"grid {self.grid} has no zero-point: set symmetric=true")
@@ -45,7 +48,19 @@ class TensorScheme(BaseModel):
             raise ValueError("group_size goes with granularity=group, and only with it")
         if self.granularity == "token" and self.static:
             raise ValueError("a scale per token is dynamic: set granularity=tensor for static=true")
+        if self.codebook is not None and self.grid != "codebook":
+            raise ValueError("codebook goes with grid=codebook, and only with it")
         return self
+
+    @property
+    def code_bits(self) -> int:
+        """Bits of a stored code."""
+        return self.bits if self.codebook is None else self.codebook.code_bits
+
+    @property
+    def values_per_code(self) -> int:
+        """How many adjacent values of a row one code stands for."""
+        return 1 if self.codebook is None else self.codebook.dim
 
     @property
     def qmin(self) -> int:
@@ -64,6 +79,8 @@ class TensorScheme(BaseModel):
         'int4 asymmetric, group 128'
         """
         grid = f"int{self.bits}" if self.grid == "int" else self.grid
+        if self.codebook is not None:
+            return f"{self.codebook.entries} entries of {self.codebook.dim} in {self.codebook.books} codebooks"
         sign = "symmetric" if self.symmetric else "asymmetric"
         where = f"group {self.group_size}" if self.group_size else self.granularity
         return f"{grid} {sign}, {'static ' if self.static else ''}{where}"
@@ -161,7 +178,7 @@ class Scheme(BaseModel):
 def _width(scheme: TensorScheme | None) -> str:
     if scheme is None:
         return "16"
-    return {"int": str(scheme.bits), "fp8_e4m3": "fp8", "nf4": "nf4"}[scheme.grid]
+    return {"fp8_e4m3": "fp8", "nf4": "nf4"}.get(scheme.grid, str(scheme.bits))
 
 
 def _grid(width: str) -> dict[str, object]:

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bitfold.numerics.codebook import entries_of
 from bitfold.numerics.quantize import (
+    code_dtype,
     dequantize,
     from_groups,
     quantize,
@@ -21,15 +23,17 @@ __all__ = ["QuantizedTensor"]
 class QuantizedTensor:
     """A weight [out, in] in few bits.
 
-    codes: [out, in] int8 (uint8 indices for nf4, float8 for fp8).
+    codes: [out, in] int8 (uint8 indices for nf4, float8 for fp8); of a codebook [out, in / dim] uint8 indices.
     scale: [out, groups] ([1, 1] per tensor), in the floating point dtype it is stored in.
     zero:  [out, groups] int8, or None for symmetric grids.
+    codebook: [books, entries, dim] int8, where the grid is one.
     """
 
     codes: Tensor
     scale: Tensor
     zero: Tensor | None
     scheme: TensorScheme
+    codebook: Tensor | None = None
 
     @classmethod
     def from_limits(
@@ -50,27 +54,56 @@ class QuantizedTensor:
             scheme=scheme,
         )
 
+    @classmethod
+    def empty(
+        cls,
+        shape: tuple[int, ...],
+        scheme: TensorScheme,
+        scale_dtype: torch.dtype,
+        device: torch.device | str | None = None,
+    ) -> "QuantizedTensor":
+        """Room for a weight [out, in]: the shapes and dtypes of its parts."""
+        weight = torch.empty(shape, device=device)
+        per_group = to_groups(weight, scheme)[..., :1].flatten(1).shape
+        scale = weight.new_empty(per_group, dtype=scale_dtype)
+        codes = weight.new_empty(
+            (shape[0], shape[1] // scheme.values_per_code), dtype=code_dtype(scheme)
+        )
+        zero = None if scheme.symmetric else weight.new_empty(per_group, dtype=torch.int8)
+        book, codebook = scheme.codebook, None
+        if book is not None:
+            size = (book.books, book.entries, book.dim)
+            codebook = weight.new_empty(size, dtype=torch.int8)
+        return cls(codes, scale, zero, scheme, codebook)
+
     @property
     def shape(self) -> torch.Size:
         """[out, in]"""
-        return self.codes.shape
+        rows, codes = self.codes.shape
+        return torch.Size((rows, codes * self.scheme.values_per_code))
+
+    @property
+    def units(self) -> Tensor:
+        """What is multiplied by the scales, [out, in]: the codes, or the entries of a codebook that they stand for."""
+        return self.codes if self.codebook is None else entries_of(self.codes, self.codebook)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values the codes stand for, [out, in], computed in `dtype`."""
-        codes = to_groups(self.codes, self.scheme)
-        per_group = (*codes.shape[:-1], 1)
+        units = to_groups(self.units, self.scheme)
+        per_group = (*units.shape[:-1], 1)
         scale = self.scale.to(dtype).reshape(per_group)
         zero = None if self.zero is None else self.zero.reshape(per_group)
-        return from_groups(dequantize(codes, scale, zero, self.scheme), self.shape)
+        return from_groups(dequantize(units, scale, zero, self.scheme), self.shape)
 
     @property
     def bits(self) -> int:
-        """Bits that the tensor's information takes: codes, scales and zero-points."""
+        """Bits that the tensor's information takes: codes, scales, zero-points and codebooks."""
         zero_bits = 0 if self.zero is None else self.zero.numel() * self.scheme.bits
         scale_bits = self.scale.numel() * self.scale.element_size() * 8
-        return self.codes.numel() * self.scheme.bits + scale_bits + zero_bits
+        book_bits = 0 if self.codebook is None else self.codebook.nbytes * 8
+        return self.codes.numel() * self.scheme.code_bits + scale_bits + zero_bits + book_bits
 
     @property
     def bits_per_weight(self) -> float:
         """`bits` over the number of weights."""
-        return self.bits / self.codes.numel()
+        return self.bits / self.shape.numel()

@@ -25,8 +25,8 @@ HEAD = "lm_head"
 class Plan:
     """What will be done to each layer, and how it will be said on disk.
 
-    schemes: full name of every linear layer of the blocks, and of lm_head where a rule names it → its scheme; an
-    ignored one has a scheme of Nones.
+    schemes: full name of every linear layer of the blocks, and of lm_head where a rule names it → its scheme, as it was
+    asked for; an ignored one has a scheme of Nones. What the rounding makes of it stands in the layout.
     attention: full name of every attention module → its scheme.
     storage: dtype of the checkpoint's floating tensors, in which scales and rewritten norms are stored.
     online: what the matrices cost that the recipe leaves to run; None where everything is folded.
@@ -43,6 +43,11 @@ class Plan:
     choice: Choice
     online: OnlineCost | None
     notes: tuple[str, ...] = field(default=())
+
+    def stored_weight(self, name: str) -> TensorScheme | None:
+        """How the weight of a linear layer is stored; None where it is left alone."""
+        entry = self.layout.linears.get(name)
+        return None if entry is None else entry.scheme.weight
 
     @property
     def unpacked_in(self) -> torch.dtype | None:
@@ -85,10 +90,14 @@ def make_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
             "choose fewer bits, or ignore less."
         )
     online = online_entries(skeleton, recipe)
-    layout = _layout(skeleton, schemes, attention, names, online)
+    storage = _storage_dtype(skeleton)
+    stored = {
+        name: _as_stored(skeleton, name, scheme, recipe, storage)
+        for name, scheme in schemes.items()
+    }
+    layout = _layout(skeleton, stored, attention, names, online)
     format, choice, notes = choose_format(layout)
     heads = Heads(*head_counts(skeleton.config))
-    storage = _storage_dtype(skeleton)
     return Plan(
         recipe=recipe,
         schemes=schemes,
@@ -179,6 +188,19 @@ def _head_scheme(skeleton: Skeleton, recipe: Recipe) -> Scheme | None:
             f"Only the weight of lm_head can be quantized: write a scheme such as w{rules[-1].weight.bits}a16."
         )
     return rules[-1]
+
+
+def _as_stored(
+    skeleton: Skeleton, name: str, scheme: Scheme, recipe: Recipe, storage: torch.dtype
+) -> Scheme:
+    """The scheme of a layer with what the rounding makes of its weight's; lm_head is rounded to nearest."""
+    if scheme.weight is None or name == HEAD:
+        return scheme
+    linear = skeleton.model.get_submodule(name)
+    assert isinstance(linear, torch.nn.Linear)
+    shape = (linear.out_features, linear.in_features)
+    weight = recipe.rounding.stored_as(name, scheme.weight, shape, storage)
+    return scheme.model_copy(update={"weight": weight})
 
 
 def _attention_schemes(skeleton: Skeleton, schemes: Mapping[str, Scheme]) -> dict[str, Scheme]:

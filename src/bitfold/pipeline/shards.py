@@ -16,6 +16,8 @@ from bitfold.pipeline.plan import Plan
 
 __all__ = ["block_from_tensors", "block_tensors", "check_shard"]
 
+_PARTS = ("codes", "scale", "zero", "codebook")
+
 
 def block_tensors(
     skeleton: Skeleton, index: int, plan: Plan, block: QuantizedBlock
@@ -40,12 +42,13 @@ def block_from_tensors(
     """The block that `block_tensors` stored; its errors are not stored and come back empty."""
     prefix = skeleton.block_name(index)
     schemes = plan.block_schemes(prefix)
+    stored = {name: plan.stored_weight(f"{prefix}.{name}") for name in schemes}
     quantized = {
         name: plan.format.from_tensors(
-            f"{prefix}.{name}", tensors, scheme.weight, plan.choice.formats[f"{prefix}.{name}"]
+            f"{prefix}.{name}", tensors, scheme, plan.choice.formats[f"{prefix}.{name}"]
         )
-        for name, scheme in schemes.items()
-        if scheme.weight is not None
+        for name, scheme in stored.items()
+        if scheme is not None
     }
     inputs = {
         name: InputQuantizer(
@@ -75,16 +78,14 @@ def check_shard(
     stored = block_from_tensors(skeleton, index, plan, load_file(file))
     for name, tensor in block.tensors.items():
         other = stored.tensors[name]
-        same = _equal(tensor.codes, other.codes) and _equal(tensor.scale, other.scale)
-        same = same and (tensor.zero is None) == (other.zero is None)
-        if tensor.zero is not None and other.zero is not None:
-            same = same and _equal(tensor.zero, other.zero)
-        if not same:
+        if not all(_equal(getattr(tensor, part), getattr(other, part)) for part in _PARTS):
             raise VerificationError(
                 f"{skeleton.block_name(index)}.{name} read back from {file} is not what was written: "
                 "the disk or the format is at fault; nothing was published."
             )
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
     return a.dtype == b.dtype and torch.equal(a.cpu().view(torch.uint8), b.cpu().view(torch.uint8))

@@ -9,8 +9,9 @@ from bitfold.rounding.gptaq import Gptaq
 from bitfold.rounding.gptq import Gptq
 from bitfold.rounding.nearest import Nearest
 from bitfold.rounding.qronos import Qronos
-from bitfold.rounding.rounding import Layer, Rounded, Rounding
+from bitfold.rounding.rounding import Layer, Rounded, Rounding, Stores
 from bitfold.rounding.signround import Signround
+from bitfold.rounding.vq import Vq
 
 __all__ = [
     "ROUNDINGS",
@@ -24,6 +25,8 @@ __all__ = [
     "Rounded",
     "Rounding",
     "Signround",
+    "Stores",
+    "Vq",
 ]
 
 ROUNDINGS: dict[str, type[Rounding | BlockRounding]] = {
@@ -32,4 +35,5 @@ ROUNDINGS: dict[str, type[Rounding | BlockRounding]] = {
     "gptaq": Gptaq,
     "qronos": Qronos,
     "signround": Signround,
+    "vq": Vq,
 }

@@ -24,6 +24,7 @@ class QuantizedLinear(nn.Module):
     input_scale: Tensor | None
     input_zero_point: Tensor | None
     weight_zero_point: Tensor | None
+    weight_codebook: Tensor | None
 
     def __init__(
         self,
@@ -48,10 +49,14 @@ class QuantizedLinear(nn.Module):
         else:
             scales = _scale_shape(weight, out_features, in_features)
             zeros = None if weight.symmetric else (packed_width(scales[0], weight.bits), scales[1])
-            buffer("weight", (out_features, packed_width(in_features, weight.bits)), torch.int32)
+            words = packed_width(in_features // weight.values_per_code, weight.code_bits)
+            books = weight.codebook
+            buffer("weight", (out_features, words), torch.int32)
             buffer("weight_shape", (2,), torch.int64)
             buffer("weight_scale", scales, dtype)
             buffer("weight_zero_point", zeros, torch.int32)
+            entries = None if books is None else (books.books, books.entries, books.dim)
+            buffer("weight_codebook", entries, torch.int8)
         activation = scheme.activation
         static = activation is not None and activation.static
         asymmetric = activation is not None and not activation.symmetric
@@ -74,6 +79,7 @@ class QuantizedLinear(nn.Module):
             self.weight,
             self.weight_scale,
             self.weight_zero_point,
+            self.weight_codebook,
             self.scheme.weight,
             self.in_features,
         )
