@@ -245,6 +245,7 @@ class Recipe(BaseModel):
         parts: list[Part] = [*self.transforms, *self.corrections, self.weight_range, self.rounding]
         parts += [] if self.distillation is None else [self.distillation]
         needs = frozenset[Need]().union(*(part.needs for part in parts))
+        needs |= {"rows"} if self.learns_values else set()
         return needs | ({"rows", "channels"} if self.static_activations else set())
 
     @property
@@ -252,6 +253,12 @@ class Recipe(BaseModel):
         """Whether an activation range has to be calibrated."""
         schemes = (self.scheme, *(rule.scheme for rule in self.layers))
         return any(s.activation is not None and s.activation.static for s in schemes)
+
+    @property
+    def learns_values(self) -> bool:
+        """Whether codebooks of values have to be learned."""
+        schemes = (self.scheme, *(rule.scheme for rule in self.layers))
+        return any(s.value is not None and s.value.grid == "codebook" for s in schemes)
 
     @property
     def calibrates(self) -> bool:
@@ -318,6 +325,8 @@ def _scheme(text: object, overrides: Mapping[tuple[str, ...], Any]) -> Scheme:
         fields[tensor][path[0]] = value
         if tensor == "activation" and path[0] == "static" and value is True:
             fields[tensor]["granularity"] = "tensor"
+        if path[0] == "grid" and value != "int":
+            fields[tensor]["symmetric"] = True
         if path[0] == "group_size":
             fields[tensor]["granularity"] = "channel" if value is None else "group"
     for tensor, _ in overrides:

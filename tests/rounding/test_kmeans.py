@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitfold.rounding import kmeans as module
-from bitfold.rounding.kmeans import kmeans, kmeans_objective, nearest_entries
+from bitfold.numerics import codebook as module
+from bitfold.numerics.codebook import nearest_entries
+from bitfold.rounding.kmeans import kmeans, kmeans_objective
 
 TILES, ROWS, ENTRIES = 6, 40, 7
 by_dim = pytest.mark.parametrize("dim", [1, 2, 3])
@@ -53,7 +54,7 @@ def test_the_loops(dim: int, books: int) -> None:
     expected = first.numpy()
     for steps in range(1, 4):
         codes, expected_next = _step(points.numpy(), metric.numpy(), weight.numpy(), expected)
-        found = nearest_entries(points, metric, torch.from_numpy(expected))
+        found = nearest_entries(points, torch.from_numpy(expected), metric)
         assert np.array_equal(found.numpy(), codes)
         expected = expected_next
         # The ridge pulls an entry by less than 1e-5 of its way.
@@ -67,7 +68,7 @@ def test_the_objective_never_increases(dim: int, books: int, seed: int) -> None:
     points, metric, weight, entries = _problem(dim, books, seed)
     before = torch.inf
     for _ in range(12):
-        codes = nearest_entries(points, metric, entries)
+        codes = nearest_entries(points, entries, metric)
         assigned = float(kmeans_objective(points, metric, weight, entries, codes))
         entries = kmeans(points, metric, weight, entries, 1)
         moved = float(kmeans_objective(points, metric, weight, entries, codes))
@@ -75,7 +76,7 @@ def test_the_objective_never_increases(dim: int, books: int, seed: int) -> None:
         assert moved <= assigned * (1 + 1e-9)
         before = moved
     first = _problem(dim, books, seed)[3]
-    codes = nearest_entries(points, metric, first)
+    codes = nearest_entries(points, first, metric)
     assert before < 0.7 * float(kmeans_objective(points, metric, weight, first, codes))
 
 
@@ -102,6 +103,6 @@ def test_an_entry_that_nothing_is_near_to_stays() -> None:
 
 def test_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     points, metric, _, entries = _problem(2, 3)
-    whole = nearest_entries(points, metric, entries)
+    whole = nearest_entries(points, entries, metric)
     monkeypatch.setattr(module, "_DISTANCES", 1)
-    assert torch.equal(nearest_entries(points, metric, entries), whole)
+    assert torch.equal(nearest_entries(points, entries, metric), whole)

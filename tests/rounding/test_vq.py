@@ -7,9 +7,10 @@ from torch import Tensor
 
 from bitfold.errors import RecipeError
 from bitfold.numerics import CodebookShape, QuantizedTensor, TensorScheme
+from bitfold.numerics.codebook import nearest_entries
 from bitfold.rounding import Layer, Vq
 from bitfold.rounding.gptq import inverse_factor
-from bitfold.rounding.kmeans import kmeans_objective, nearest_entries
+from bitfold.rounding.kmeans import kmeans_objective
 from bitfold.rounding.tiles import Tiled
 from bitfold.rounding.vq import first_books
 
@@ -155,7 +156,7 @@ def test_books_are_learned_in_the_metric_of_the_inverse(dim: int) -> None:
     weights = found.scale.square().squeeze(1)
     errors = []
     for entries in (every, books):
-        codes = nearest_entries(found.points, metric, entries)
+        codes = nearest_entries(found.points, entries, metric)
         errors.append(float(kmeans_objective(found.points, metric, weights, entries, codes)))
     assert errors[1] < 0.8 * errors[0]
 

@@ -143,7 +143,8 @@ def to_tensors(name: str, tensor: QuantizedTensor, format: WeightFormat) -> dict
     NAME.weight_shape: [2] int64, out and in.
     NAME.weight_scale: [out, groups] ([1, 1] per tensor) in the scale's dtype.
     NAME.weight_zero_point: [⌈out·bits/32⌉, groups] int32, packed along dim 0; asymmetric only.
-    NAME.weight_codebook: [books, entries, dim] int8; codebooks only.
+    NAME.weight_codebook: [books, entries, dim] int8; codebooks only. (An attention's NAME.value_codebook is of the same
+        shape, in floating point.)
     """
     del format
     scheme = tensor.scheme

@@ -1,7 +1,7 @@
 """Grids, schemes, quantize/dequantize, bit packing: pure functions on tensors."""
 
 from bitfold.numerics.blocks import blocks_product, linear_blocks
-from bitfold.numerics.codebook import CodebookShape, entries_of
+from bitfold.numerics.codebook import CodebookShape, entries_of, quantize_values
 from bitfold.numerics.packing import pack, packed_width, unpack
 from bitfold.numerics.quantize import (
     dequantize,
@@ -30,6 +30,7 @@ __all__ = [
     "pack",
     "packed_width",
     "quantize",
+    "quantize_values",
     "scale_and_zero",
     "to_groups",
     "unpack",

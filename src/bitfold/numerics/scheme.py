@@ -109,6 +109,10 @@ class Scheme(BaseModel):
             part: TensorScheme | None = getattr(self, name)
             if part is not None and part.granularity == "channel":
                 raise ValueError(f"the {name} has no scale per channel: set granularity=token")
+        for name in ("activation", "query", "key"):
+            part = getattr(self, name)
+            if part is not None and part.grid == "codebook":
+                raise ValueError(f"the {name} has no codebook: only weights and values have")
         return self
 
     @classmethod

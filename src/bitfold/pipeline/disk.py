@@ -43,6 +43,9 @@ def artifact_bytes(job: Job) -> int:
         weights, tensors = weights + known[key][0], tensors + known[key][1]
     if job.plan.online is not None:
         weights, tensors = weights + job.plan.online.bytes, tensors + job.plan.online.matrices
+    for attention in job.plan.layout.attention.values():
+        if attention.scheme.value is not None and (book := attention.scheme.value.codebook):
+            weights, tensors = weights + book.numbers * job.plan.storage.itemsize, tensors + 1
     companions = sum(file.stat().st_size for file in companion_files(job.source))
     windows, length = job.probe.shape
     probe = probe_bytes(windows, length, job.skeleton.config.vocab_size)

@@ -11,7 +11,7 @@ from bitfold.export import Choice, Format, Layout, choose_format
 from bitfold.export.layout import AttentionEntry, LayerEntry, OnlineEntry
 from bitfold.models.family import ONLINE, Site, head_counts
 from bitfold.models.skeleton import Skeleton
-from bitfold.numerics import Scheme, TensorScheme
+from bitfold.numerics import CodebookShape, Scheme, TensorScheme
 from bitfold.pipeline.online import OnlineCost, online_cost, online_entries
 from bitfold.recipe import Recipe
 from bitfold.transforms import Heads
@@ -109,7 +109,7 @@ def make_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
         format=format,
         choice=choice,
         online=online_cost(skeleton, online, storage),
-        notes=notes,
+        notes=notes + _notes_on_values(attention, storage),
     )
 
 
@@ -222,7 +222,7 @@ def _attention_schemes(skeleton: Skeleton, schemes: Mapping[str, Scheme]) -> dic
                 f"The q, k and v projections of {name} ask for different query, key or value schemes: "
                 "give them one."
             )
-        result[name] = wanted[0] if wanted else Scheme()
+        result[name] = _with_codebook(wanted[0] if wanted else Scheme(), skeleton)
         for tensor in ("query", "key", "value"):
             _check_group(
                 f"The {tensor}'s group size",
@@ -231,6 +231,29 @@ def _attention_schemes(skeleton: Skeleton, schemes: Mapping[str, Scheme]) -> dic
                 head_dim,
             )
     return result
+
+
+def _with_codebook(scheme: Scheme, skeleton: Skeleton) -> Scheme:
+    """The scheme of an attention with the size of its values' codebook, where it has one: as many dimensions share a
+    code as 8 bits allow."""
+    value = scheme.value
+    if value is None or value.grid != "codebook":
+        return scheme
+    heads = Heads(*head_counts(skeleton.config))
+    dim = next(d for d in range(8 // value.bits, 0, -1) if heads.size % d == 0)
+    books = heads.keys * heads.size // dim
+    shape = CodebookShape(dim=dim, entries=2 ** (value.bits * dim), books=books)
+    return scheme.model_copy(update={"value": value.model_copy(update={"codebook": shape})})
+
+
+def _notes_on_values(attention: Mapping[str, Scheme], storage: torch.dtype) -> tuple[str, ...]:
+    """What values take that have codebooks."""
+    shapes = {s.value.codebook for s in attention.values() if s.value and s.value.codebook}
+    return tuple(
+        f"values take {shape.code_bits / shape.dim:g} bits each, without scales: codes of {shape.code_bits} bits for "
+        f"{shape.dim} dimensions of a head; their codebooks take {shape.numbers * storage.itemsize:,} bytes a layer"
+        for shape in shapes
+    )
 
 
 def _layout(

@@ -13,6 +13,7 @@ from bitfold.models.skeleton import Skeleton
 from bitfold.pipeline.block import QuantizedBlock
 from bitfold.pipeline.hooks import InputQuantizer
 from bitfold.pipeline.plan import Plan
+from bitfold.runtime.attention import VALUE_CODEBOOK
 
 __all__ = ["block_from_tensors", "block_tensors", "check_shard"]
 
@@ -33,6 +34,8 @@ def block_tensors(
         width = plan.layout.linears[full].in_features
         entry = LayerEntry(plan.schemes[full], width, quantizer.scale, quantizer.zero)
         tensors |= input_tensors(full, entry)
+    if block.value_codebook is not None:
+        tensors[_codebook_name(skeleton, index)] = block.value_codebook
     return tensors
 
 
@@ -65,7 +68,10 @@ def block_from_tensors(
         if name.removesuffix(".weight") not in quantized
     }
     heads = plan.attention[f"{prefix}.{skeleton.family.attention}"]
-    return QuantizedBlock(quantized, plain, inputs, heads, {}, 0.0, plan.unpacked_in)
+    codebook = tensors.get(_codebook_name(skeleton, index))
+    return QuantizedBlock(
+        quantized, plain, inputs, heads, {}, 0.0, plan.unpacked_in, value_codebook=codebook
+    )
 
 
 def check_shard(
@@ -83,6 +89,10 @@ def check_shard(
                 f"{skeleton.block_name(index)}.{name} read back from {file} is not what was written: "
                 "the disk or the format is at fault; nothing was published."
             )
+
+
+def _codebook_name(skeleton: Skeleton, index: int) -> str:
+    return f"{skeleton.block_name(index)}.{skeleton.family.attention}.{VALUE_CODEBOOK}"
 
 
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:

@@ -36,7 +36,7 @@ def codebook_bits(shape: tuple[int, int], codebook: CodebookShape, scale_dtype: 
     """Bits that a weight [out, in] takes with a scale for every row: codes, scales and entries."""
     rows, columns = shape
     codes = rows * (columns // codebook.dim) * codebook.code_bits
-    return codes + rows * scale_dtype.itemsize * 8 + codebook.bits
+    return codes + rows * scale_dtype.itemsize * 8 + codebook.numbers * 8
 
 
 def best_shape(

@@ -9,30 +9,19 @@ least-squares optimum of its points: the sum never increases.
 import torch
 from torch import Tensor
 
-from bitfold.numerics.codebook import book_of_tiles
+from bitfold.numerics.codebook import book_of_tiles, nearest_entries
 
-__all__ = ["kmeans", "kmeans_objective", "nearest_entries"]
+__all__ = ["first_entries", "kmeans", "kmeans_objective"]
 
-# So many distances are held at once.
-_DISTANCES = 2**24
 # Of an entry's mean metric: keeps its least squares solvable where inputs do not reach.
 _RIDGE = 1e-7
 
 
-def nearest_entries(points: Tensor, metric: Tensor, books: Tensor) -> Tensor:
-    """Indices [tiles, rows] of the nearest entries of points [tiles, rows, dim] in the metric [tiles, dim, dim].
-
-    books: [books, entries, dim]; each serves equally many tiles, one book after the other.
-    """
-    tiles, rows, _ = points.shape
-    book = book_of_tiles(tiles, books.shape[0], points.device)
-    found = torch.empty(tiles, rows, dtype=torch.long, device=points.device)
-    for part in torch.arange(tiles).split(max(1, _DISTANCES // (rows * books.shape[1]))):
-        entries, m = books[book[part]], metric[part]
-        own = ((entries @ m) * entries).sum(dim=-1).unsqueeze(1)
-        distances = torch.baddbmm(own, points[part] @ m, entries.transpose(-1, -2), alpha=-2)
-        found[part] = distances.argmin(dim=-1)
-    return found
+def first_entries(points: Tensor, books: int, entries: int) -> Tensor:
+    """Where k-means begins: points [tiles, rows, dim] at even distances from each other, [books, entries, dim]."""
+    by_book = points.unflatten(0, (books, -1)).flatten(1, 2)
+    even = torch.arange(entries, device=points.device) * by_book.shape[1] // entries
+    return by_book[:, even]
 
 
 def kmeans(points: Tensor, metric: Tensor, weight: Tensor, books: Tensor, steps: int) -> Tensor:
@@ -46,7 +35,7 @@ def kmeans(points: Tensor, metric: Tensor, weight: Tensor, books: Tensor, steps:
     pulls = ((points @ metric) * weight.unsqueeze(-1)).flatten(0, 1)
     eye = torch.eye(dim, dtype=points.dtype, device=points.device)
     for _ in range(steps):
-        codes = nearest_entries(points, metric, books)
+        codes = nearest_entries(points, books, metric)
         mass = points.new_zeros(tiles, entries)
         mass.scatter_add_(1, codes, weight.expand(tiles, rows))
         per_book = (part.unflatten(0, (count, -1)) for part in (mass, metric))

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitfold.numerics.codebook import ENTRY_LIMIT, book_of_tiles, entries_of
+from bitfold.numerics.codebook import ENTRY_LIMIT, book_of_tiles, entries_of, nearest_entries
 from bitfold.rounding.gptq import InverseFactor
-from bitfold.rounding.kmeans import nearest_entries
 
 __all__ = ["Tiled"]
 
@@ -61,8 +60,7 @@ class Tiled:
 
     def nearest(self, books: Tensor) -> Tensor:
         """Codes of the nearest entries, whatever the inputs."""
-        eye = torch.eye(self.dim, dtype=self.weight.dtype, device=self.weight.device)
-        return nearest_entries(self.points, eye.expand(self.tiles, -1, -1), books).T.contiguous()
+        return nearest_entries(self.points, books).T.contiguous()
 
     def spread(self, books: Tensor) -> Tensor:
         """Codes found tile after tile in the factor's order, each one's error spread over the tiles that follow."""

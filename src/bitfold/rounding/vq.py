@@ -22,7 +22,7 @@ from bitfold.numerics.quantize import stored_scale
 from bitfold.part import Need
 from bitfold.rounding.codebook_size import best_shape, integer_bits
 from bitfold.rounding.gptq import InverseFactor, inverse_factor
-from bitfold.rounding.kmeans import kmeans
+from bitfold.rounding.kmeans import first_entries, kmeans
 from bitfold.rounding.rounding import Layer, Rounded, Rounding
 from bitfold.rounding.tiles import Tiled
 from bitfold.statistics import InputStatistics
@@ -134,10 +134,9 @@ def first_books(
     tiles_of_a_book = weight.numel() // (shape.dim * shape.books)
     every = max(1, tiles_of_a_book // (shape.entries * _TILES_OF_AN_ENTRY))
     points = tiled.points[:, ::every]
-    by_book = points.unflatten(0, (shape.books, -1)).flatten(1, 2)
-    even = torch.arange(shape.entries, device=weight.device) * by_book.shape[1] // shape.entries
+    first = first_entries(points, shape.books, shape.entries)
     metric = tiled.whitening @ tiled.whitening.transpose(1, 2)
-    books = kmeans(points, metric, size[::every].square().squeeze(1), by_book[:, even], steps)
+    books = kmeans(points, metric, size[::every].square().squeeze(1), first, steps)
     unit = (books.abs().amax() / _FIRST_ENTRIES).clamp(min=tiny)
     scale = stored_scale(size * unit, scale_dtype)
     return Tiled(weight, scale, shape.dim, factor), (books / unit).round()
