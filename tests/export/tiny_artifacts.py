@@ -283,7 +283,7 @@ def weights(draw: st.DrawFn, grids: Sequence[GridName]) -> QuantizedTensor:
 def assert_same_tensor(left: QuantizedTensor, right: QuantizedTensor) -> None:
     """Same values in the same dtypes, to the bit."""
     assert left.scheme == right.scheme
-    for name in ("codes", "scale", "zero", "codebook"):
+    for name in ("codes", "scale", "zero", "codebook", "kept", "columns"):
         a, b = getattr(left, name), getattr(right, name)
         assert (a is None) == (b is None)
         if a is not None:

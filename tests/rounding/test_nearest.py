@@ -28,7 +28,7 @@ def weight() -> torch.Tensor:
 
 def _statistics() -> InputStatistics:
     """Of inputs without any correlation."""
-    statistics = InputStatistics(frozenset({"gram", "cross"}), 64)
+    statistics = InputStatistics(frozenset({"gram", "cross", "channels"}), 64)
     statistics.update(torch.eye(64), torch.eye(64))
     return statistics
 
@@ -43,7 +43,7 @@ def test_the_contract(name: str, scheme: TensorScheme, stored: torch.dtype) -> N
     limits = MinMax().limits(to_groups(x, scheme), scheme)
     layers = {"w": Layer(x, limits, scheme)}
     tensor = ROUNDINGS[name]().solve(layers, stored, _statistics()).tensors["w"]
-    assert tensor.scheme == scheme
+    assert tensor.scheme == ROUNDINGS[name]().stored_as("w", scheme, (8, 64), stored)
     assert tensor.shape == x.shape
     assert tensor.scale.dtype == stored
     assert (tensor.zero is None) == scheme.symmetric

@@ -141,6 +141,8 @@ def _unsayable_linear(scheme: Scheme) -> str | None:
             return "it has no nf4 grid"
         if weight.grid == "codebook":
             return "it has no codebooks"
+        if weight.kept:
+            return "it has no columns that are kept beside the codes"
         if weight.granularity == "token":
             return "a weight has no tokens"
     return None if activation is None else _unsayable_activation(activation)

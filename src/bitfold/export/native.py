@@ -7,7 +7,7 @@ config.json stops it even before. A matrix that runs behind a module NAME is NAM
 it would drop: so there must be packed weights wherever there are such matrices.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -145,6 +145,7 @@ def to_tensors(name: str, tensor: QuantizedTensor, format: WeightFormat) -> dict
     NAME.weight_zero_point: [⌈out·bits/32⌉, groups] int32, packed along dim 0; asymmetric only.
     NAME.weight_codebook: [books, entries, dim] int8; codebooks only. (An attention's NAME.value_codebook is of the same
         shape, in floating point.)
+    NAME.weight_kept: [out, n] in the scale's dtype, and NAME.weight_columns: [n] int32, where columns are kept.
     """
     del format
     scheme = tensor.scheme
@@ -162,8 +163,12 @@ def to_tensors(name: str, tensor: QuantizedTensor, format: WeightFormat) -> dict
     }
     if tensor.zero is not None:
         result["weight_zero_point"] = pack(tensor.zero.T, scheme.bits).T
-    if tensor.codebook is not None:
-        result["weight_codebook"] = tensor.codebook
+    beside = {
+        "weight_codebook": tensor.codebook,
+        "weight_kept": tensor.kept,
+        "weight_columns": tensor.columns,
+    }
+    result |= {key: value for key, value in beside.items() if value is not None}
     return {f"{name}.{key}": value.contiguous() for key, value in result.items()}
 
 
@@ -173,33 +178,28 @@ def from_tensors(
     """The weight that `to_tensors` wrote; `tensors` may hold others. KeyError if one is missing."""
     del format
     _, columns = tensors[f"{name}.weight_shape"].tolist()
-    zero = None if scheme.symmetric else tensors[f"{name}.weight_zero_point"]
-    codebook = None if scheme.codebook is None else tensors[f"{name}.weight_codebook"]
-    return unpack_weight(
-        tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"], zero, codebook, scheme, columns
-    )
+    return unpack_weight(lambda part: tensors[f"{name}.{part}"], scheme, columns)
 
 
 def unpack_weight(
-    words: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    codebook: Tensor | None,
-    scheme: TensorScheme,
-    columns: int,
+    stored: Callable[[str], Tensor], scheme: TensorScheme, columns: int
 ) -> QuantizedTensor:
-    """The weight [out, columns] behind the words, scales, packed zero-points and codebooks of `to_tensors`."""
+    """The weight [out, columns] behind the tensors of `to_tensors`; `stored` gives the one of a name."""
     half = 1 << (scheme.code_bits - 1)
-    signed = unpack(words, scheme.code_bits, columns // scheme.values_per_code)
+    signed = unpack(stored("weight"), scheme.code_bits, columns // scheme.values_per_code)
     codes = {
         "int": lambda codes: codes,
         "fp8_e4m3": lambda codes: codes.view(torch.float8_e4m3fn),
         "nf4": lambda codes: codes.view(torch.uint8) + half,
         "codebook": lambda codes: codes.view(torch.uint8) + half,
     }[scheme.grid](signed)
-    if zero is not None:
-        zero = unpack(zero.T, scheme.bits, scale.shape[0]).T.contiguous()
-    return QuantizedTensor(codes, scale, zero, scheme, codebook)
+    scale, zero = stored("weight_scale"), None
+    if not scheme.symmetric:
+        packed = stored("weight_zero_point").T
+        zero = unpack(packed, scheme.bits, scale.shape[0]).T.contiguous()
+    codebook = None if scheme.codebook is None else stored("weight_codebook")
+    beside = (stored("weight_kept"), stored("weight_columns")) if scheme.kept else (None, None)
+    return QuantizedTensor(codes, scale, zero, scheme, codebook, *beside)
 
 
 def _strategy(scheme: Scheme) -> str:

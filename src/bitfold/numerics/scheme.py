@@ -22,7 +22,8 @@ class TensorScheme(BaseModel):
     `granularity` names the elements that share one scale: all of them (`tensor`), a row of a weight
     (`channel`), `group_size` consecutive inputs of a row (`group`), or the last axis of an activation
     (`token`; for queries, keys and values of shape [batch, head, token, head_dim] that is per token and head).
-    `codebook`: the size of a learned one, once it is known; `bits` are then those that were asked for.
+    `codebook`: the size of a learned one, once it is known; `bits` are then those that were asked for. `kept`: how many
+    columns of a weight stand beside the codes in the dtype of the scales.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -35,6 +36,7 @@ class TensorScheme(BaseModel):
     group_size: int | None = Field(default=None, ge=2)
     static: bool = False
     codebook: CodebookShape | None = None
+    kept: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -83,7 +85,8 @@ class TensorScheme(BaseModel):
             return f"{self.codebook.entries} entries of {self.codebook.dim} in {self.codebook.books} codebooks"
         sign = "symmetric" if self.symmetric else "asymmetric"
         where = f"group {self.group_size}" if self.group_size else self.granularity
-        return f"{grid} {sign}, {'static ' if self.static else ''}{where}"
+        kept = f", {self.kept} columns kept" if self.kept else ""
+        return f"{grid} {sign}, {'static ' if self.static else ''}{where}{kept}"
 
 
 _WIDTH = r"(\d+|fp8|nf4)"

@@ -27,6 +27,8 @@ class QuantizedTensor:
     scale: [out, groups] ([1, 1] per tensor), in the floating point dtype it is stored in.
     zero:  [out, groups] int8, or None for symmetric grids.
     codebook: [books, entries, dim] int8, where the grid is one.
+    kept: [out, n], columns that are only rounded to the dtype of the scales, and columns: their places [n] int32, where
+    the scheme has some. Their codes stand for nothing.
     """
 
     codes: Tensor
@@ -34,6 +36,8 @@ class QuantizedTensor:
     zero: Tensor | None
     scheme: TensorScheme
     codebook: Tensor | None = None
+    kept: Tensor | None = None
+    columns: Tensor | None = None
 
     @classmethod
     def from_limits(
@@ -74,7 +78,10 @@ class QuantizedTensor:
         if book is not None:
             size = (book.books, book.entries, book.dim)
             codebook = weight.new_empty(size, dtype=torch.int8)
-        return cls(codes, scale, zero, scheme, codebook)
+        kept = weight.new_empty((shape[0], scheme.kept), dtype=scale_dtype)
+        places = weight.new_empty(scheme.kept, dtype=torch.int32)
+        beside = (kept, places) if scheme.kept else (None, None)
+        return cls(codes, scale, zero, scheme, codebook, *beside)
 
     @property
     def shape(self) -> torch.Size:
@@ -93,15 +100,19 @@ class QuantizedTensor:
         per_group = (*units.shape[:-1], 1)
         scale = self.scale.to(dtype).reshape(per_group)
         zero = None if self.zero is None else self.zero.reshape(per_group)
-        return from_groups(dequantize(units, scale, zero, self.scheme), self.shape)
+        values = from_groups(dequantize(units, scale, zero, self.scheme), self.shape)
+        if self.kept is not None and self.columns is not None:
+            values[:, self.columns.long()] = self.kept.to(dtype)
+        return values
 
     @property
     def bits(self) -> int:
-        """Bits that the tensor's information takes: codes, scales, zero-points and codebooks."""
+        """Bits that the tensor's information takes: codes, scales, zero-points, codebooks, columns that are kept."""
         zero_bits = 0 if self.zero is None else self.zero.numel() * self.scheme.bits
         scale_bits = self.scale.numel() * self.scale.element_size() * 8
-        book_bits = 0 if self.codebook is None else self.codebook.nbytes * 8
-        return self.codes.numel() * self.scheme.code_bits + scale_bits + zero_bits + book_bits
+        others = (self.codebook, self.kept, self.columns)
+        other_bits = sum(8 * part.nbytes for part in others if part is not None)
+        return self.codes.numel() * self.scheme.code_bits + scale_bits + zero_bits + other_bits
 
     @property
     def bits_per_weight(self) -> float:

@@ -82,6 +82,8 @@ class _Dequantize(torch.autograd.Function):
         like, position = ctx.saved_tensors
         units = replace(tensor, scale=torch.ones_like(like)).dequantize(like.dtype)
         gradient = gradient.to(like.dtype)
+        if tensor.columns is not None:  # what is kept depends on neither scale nor code
+            gradient = gradient.index_fill(1, tensor.columns.long(), 0)
         by_group = to_groups(units.mul_(gradient), tensor.scheme)
         on_scale = by_group.sum(dim=-1).reshape(like.shape)
         if position is None:

@@ -17,7 +17,7 @@ from bitfold.runtime.attention import VALUE_CODEBOOK
 
 __all__ = ["block_from_tensors", "block_tensors", "check_shard"]
 
-_PARTS = ("codes", "scale", "zero", "codebook")
+_PARTS = ("codes", "scale", "zero", "codebook", "kept", "columns")
 
 
 def block_tensors(

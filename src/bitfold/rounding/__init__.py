@@ -10,6 +10,7 @@ from bitfold.rounding.gptq import Gptq
 from bitfold.rounding.nearest import Nearest
 from bitfold.rounding.qronos import Qronos
 from bitfold.rounding.rounding import Layer, Rounded, Rounding, Stores
+from bitfold.rounding.salient import Salient
 from bitfold.rounding.signround import Signround
 from bitfold.rounding.vq import Vq
 
@@ -24,6 +25,7 @@ __all__ = [
     "Qronos",
     "Rounded",
     "Rounding",
+    "Salient",
     "Signround",
     "Stores",
     "Vq",
@@ -34,6 +36,7 @@ ROUNDINGS: dict[str, type[Rounding | BlockRounding]] = {
     "gptq": Gptq,
     "gptaq": Gptaq,
     "qronos": Qronos,
+    "salient": Salient,
     "signround": Signround,
     "vq": Vq,
 }

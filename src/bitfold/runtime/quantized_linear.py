@@ -23,8 +23,6 @@ class QuantizedLinear(nn.Module):
     weight_scale: Tensor
     input_scale: Tensor | None
     input_zero_point: Tensor | None
-    weight_zero_point: Tensor | None
-    weight_codebook: Tensor | None
 
     def __init__(
         self,
@@ -57,6 +55,8 @@ class QuantizedLinear(nn.Module):
             buffer("weight_zero_point", zeros, torch.int32)
             entries = None if books is None else (books.books, books.entries, books.dim)
             buffer("weight_codebook", entries, torch.int8)
+            buffer("weight_kept", (out_features, weight.kept) if weight.kept else None, dtype)
+            buffer("weight_columns", (weight.kept,) if weight.kept else None, torch.int32)
         activation = scheme.activation
         static = activation is not None and activation.static
         asymmetric = activation is not None and not activation.symmetric
@@ -75,14 +75,7 @@ class QuantizedLinear(nn.Module):
         """The weight, [out, in]."""
         if self.scheme.weight is None:
             return self.weight
-        tensor = unpack_weight(
-            self.weight,
-            self.weight_scale,
-            self.weight_zero_point,
-            self.weight_codebook,
-            self.scheme.weight,
-            self.in_features,
-        )
+        tensor = unpack_weight(self.get_buffer, self.scheme.weight, self.in_features)
         return tensor.dequantize(self.weight_scale.dtype)
 
     def extra_repr(self) -> str:
