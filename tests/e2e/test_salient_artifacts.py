@@ -77,6 +77,8 @@ def test_the_commands(checkpoint: Zoo, tmp_path: Path, ids: Path, run: Run) -> N
     ("options", "said"),
     [
         ({"set": "salient.share=0"}, "salient cannot have share=0"),
+        ({"set": "weight.kept=2"}, "have to be chosen: use --method salient, and salient.share"),
+        ({"set": "activation.kept=2", "scheme": "w3a8g32"}, "the activation keeps no columns"),
         ({"bits": 3.5}, "Bits are found for integers, and salient stores something else"),
         (
             {"set": ("weight.grid=codebook",)},
@@ -90,5 +92,7 @@ def test_refusals(
     model = checkpoint("llama", torch.bfloat16)
     with pytest.raises(RecipeError, match=said):
         bitfold.quantize(
-            model, tmp_path / "out", method="salient", scheme="w3a16g32", calibration=ids, **options
+            model,
+            tmp_path / "out",
+            **{"method": "salient", "scheme": "w3a16g32", "calibration": ids} | options,
         )

@@ -136,6 +136,20 @@ def test_the_commands_know_of_it(demo: Path, tmp_path: Path, run: Run) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_the_recipe_that_is_stored_gives_the_same(
+    checkpoint: Zoo, tmp_path: Path, ids: Path
+) -> None:
+    model = checkpoint("llama", BF16)
+    quantize(model, tmp_path / "out", ids)
+    bitfold.quantize(
+        model, tmp_path / "again", recipe=tmp_path / "out" / "recipe.yaml", calibration=ids
+    )
+    one, other = (
+        json.loads((tmp_path / n / "checksums.json").read_text()) for n in ("out", "again")
+    )
+    assert one == other
+
+
 def test_options_overrule(checkpoint: Zoo, tmp_path: Path, ids: Path) -> None:
     model = checkpoint("llama", BF16)
     options = ("vq.dim=2", "vq.books=4", "vq.rounds=1", "vq.steps=2")

@@ -116,6 +116,10 @@ class Scheme(BaseModel):
             part = getattr(self, name)
             if part is not None and part.grid == "codebook":
                 raise ValueError(f"the {name} has no codebook: only weights and values have")
+        for name in ("activation", "query", "key", "value"):
+            part = getattr(self, name)
+            if part is not None and part.kept:
+                raise ValueError(f"the {name} keeps no columns: only weights do")
         return self
 
     @classmethod

@@ -49,6 +49,10 @@ class Stores(Part):
             raise RecipeError(
                 f"The codebook of {name} has to be learned: choose --method vq with a scheme such as w{scheme.bits}a16."
             )
+        if scheme.kept:
+            raise RecipeError(
+                f"The columns of {name} that are kept have to be chosen: use --method salient, and salient.share."
+            )
         return scheme
 
 
