@@ -243,6 +243,7 @@ def test_layers_are_the_same_alone_and_together() -> None:
     ("vq", "scheme", "said"),
     [
         (Vq(), TensorScheme(grid="nf4", bits=4), "has the grid nf4"),
+        (Vq(), SCHEME.model_copy(update={"kept": 2}), "use --method salient"),
         (Vq(dim=7), SCHEME, r"No codebook of vq.dim=7 for the weight \[128, 256\] of layer fits"),
         (Vq(dim=2, books=3), SCHEME, "vq.dim=2 vq.books=3 .* leave these options out"),
         (Vq(dim=1), TensorScheme(bits=2, granularity="tensor"), "or take more bits or smaller"),

@@ -61,6 +61,7 @@ class Vq(Rounding):
                 f"vq reads from a scheme of integers how many bits it may take, and {name} has the grid {scheme.grid}: "
                 "write a scheme such as w2a16g64."
             )
+        scheme = super().stored_as(name, scheme, shape, scale_dtype)
         budget = integer_bits(shape, scheme, scale_dtype)
         codebook = best_shape(shape, budget, scale_dtype, self.dim, self.books)
         if codebook is None:
