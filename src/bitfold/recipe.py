@@ -158,6 +158,11 @@ class Recipe(BaseModel):
                 f"{against[0]} makes up for how the quantized model's inputs differ from the original's, and "
                 "stream=original has it see the original's: leave one of the two out"
             )
+        if not (self.rounding.reads_limits or isinstance(self.weight_range, MinMax)):
+            return (
+                f"{type(self.rounding).__name__.lower()} learns what values there are and reads no weight_range: "
+                "leave it at minmax, or name the rounding last"
+            )
         if isinstance(self.rounding, BlockRounding) and self.corrections:
             return (
                 "a correction is followed by codes found layer by layer, and signround finds them by the block's "
@@ -240,6 +245,7 @@ class Recipe(BaseModel):
         parts: list[Part] = [*self.transforms, *self.corrections, self.weight_range, self.rounding]
         parts += [] if self.distillation is None else [self.distillation]
         needs = frozenset[Need]().union(*(part.needs for part in parts))
+        needs |= {"rows"} if self.learns_values else set()
         return needs | ({"rows", "channels"} if self.calibrates_activations else set())
 
     @property
@@ -247,6 +253,12 @@ class Recipe(BaseModel):
         """Whether an activation's range, or its global scale, has to be calibrated."""
         schemes = (self.scheme, *(rule.scheme for rule in self.layers))
         return any(s.activation is not None and s.activation.calibrated for s in schemes)
+
+    @property
+    def learns_values(self) -> bool:
+        """Whether codebooks of values have to be learned."""
+        schemes = (self.scheme, *(rule.scheme for rule in self.layers))
+        return any(s.value is not None and s.value.grid == "codebook" for s in schemes)
 
     @property
     def calibrates(self) -> bool:
@@ -313,6 +325,8 @@ def _scheme(text: object, overrides: Mapping[tuple[str, ...], Any]) -> Scheme:
         fields[tensor][path[0]] = value
         if tensor == "activation" and path[0] == "static" and value is True:
             fields[tensor]["granularity"] = "tensor"
+        if path[0] == "grid" and value != "int":
+            fields[tensor]["symmetric"] = True
         if path[0] == "group_size":
             fields[tensor]["granularity"] = "channel" if value is None else "group"
     for tensor, _ in overrides:

@@ -30,9 +30,9 @@ from tiny_artifacts import (
 from transformers import AutoModelForCausalLM
 
 from bitfold.errors import CheckpointError, RecipeError
-from bitfold.export import choose_format, native
+from bitfold.export import choose_format, compressed_tensors, native
 from bitfold.export.layout import OnlineEntry, Refusal, WeightFormat
-from bitfold.numerics import QuantizedTensor, Scheme, TensorScheme
+from bitfold.numerics import CodebookShape, QuantizedTensor, Scheme, TensorScheme
 from models_zoo import Zoo
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
@@ -268,3 +268,28 @@ def test_tensors_come_back(tensor: QuantizedTensor) -> None:
     assert all(value.is_contiguous() for value in tensors.values())
     assert tensors["layer.weight"].shape != tensor.shape  # see test_does_not_load_without_bitfold
     assert_same_tensor(native.from_tensors("layer", tensors, tensor.scheme, form), tensor)
+
+
+@pytest.mark.parametrize(
+    ("dim", "entries", "books"), [(1, 4, 1), (2, 16, 4), (3, 5, 2), (4, 200, 8), (4, 256, 1)]
+)
+def test_codebooks_come_back(dim: int, entries: int, books: int) -> None:
+    shape = CodebookShape(dim=dim, entries=entries, books=books)
+    scheme = TensorScheme(grid="codebook", bits=2, codebook=shape)
+    codes = torch.arange(7 * 24).remainder(entries).view(7, 24).to(torch.uint8)
+    codebook = torch.randint(-127, 128, (books, entries, dim)).to(torch.int8)
+    tensor = QuantizedTensor(codes, torch.rand(7, 1).bfloat16(), None, scheme, codebook=codebook)
+    form = WeightFormat(native.NAME, "channel")
+    tensors = native.to_tensors("layer", tensor, form)
+    assert tensors["layer.weight"].dtype == torch.int32
+    assert_same_tensor(native.from_tensors("layer", tensors, scheme, form), tensor)
+    again = TensorScheme.model_validate(json.loads(scheme.model_dump_json(exclude_none=True)))
+    assert again == scheme
+
+
+def test_codebooks_are_not_for_compressed_tensors() -> None:
+    shape = CodebookShape(dim=2, entries=16)
+    weight = TensorScheme(grid="codebook", bits=2, codebook=shape)
+    refusal = compressed_tensors.choose(tiny_layout(everywhere(Scheme(weight=weight))))
+    assert isinstance(refusal, Refusal)
+    assert "no codebooks" in refusal.reason

@@ -286,14 +286,14 @@ def weights(draw: st.DrawFn, grids: Sequence[GridName]) -> QuantizedTensor:
         torch.rand(shape, generator=generator).to(scale_dtype_of(scheme, storage)),
         None if scheme.symmetric else random(shape),
         scheme,
-        torch.tensor([2.0 ** draw(st.integers(-9, 9))]) if grid == "nvfp4" else None,
+        global_scale=torch.tensor([2.0 ** draw(st.integers(-9, 9))]) if grid == "nvfp4" else None,
     )
 
 
 def assert_same_tensor(left: QuantizedTensor, right: QuantizedTensor) -> None:
     """Same values in the same dtypes, to the bit."""
     assert left.scheme == right.scheme
-    for name in ("codes", "scale", "zero", "global_scale"):
+    for name in ("codes", "scale", "zero", "global_scale", "codebook", "kept", "columns"):
         a, b = getattr(left, name), getattr(right, name)
         assert (a is None) == (b is None)
         if a is not None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from bitfold.export import native
 from bitfold.export.layout import LayerEntry, WeightFormat, input_tensors
-from bitfold.numerics import QuantizedTensor, Scheme, TensorScheme, to_groups
+from bitfold.numerics import CodebookShape, QuantizedTensor, Scheme, TensorScheme, to_groups
 from bitfold.runtime.activation import quantize_input
 from bitfold.runtime.quantized_linear import QuantizedLinear
 
@@ -57,6 +57,26 @@ def test_forward(notation: str, bias: bool, dtype: torch.dtype) -> None:
     x = X.to(dtype)
     seen = x if scheme.activation is None else quantize_input(x, scheme.activation)
     assert torch.equal(layer(x), F.linear(seen, tensor.dequantize(dtype), extra.get("bias")))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_codebooks(dtype: torch.dtype) -> None:
+    shape = CodebookShape(dim=4, entries=40, books=3)
+    scheme = Scheme(
+        weight=TensorScheme(grid="codebook", bits=2, codebook=shape),
+        activation=TensorScheme(bits=8, granularity="token"),
+    )
+    assert scheme.weight is not None
+    assert scheme.activation is not None
+    codes = torch.arange(OUT * IN // 4).remainder(40).view(OUT, IN // 4).to(torch.uint8)
+    codebook = torch.arange(3 * 40 * 4).remainder(251).sub(125).view(3, 40, 4).to(torch.int8)
+    scale = torch.linspace(0.01, 0.02, OUT).view(OUT, 1).to(dtype)
+    tensor = QuantizedTensor(codes, scale, None, scheme.weight, codebook=codebook)
+    layer = QuantizedLinear(IN, OUT, scheme, bias=False, dtype=dtype)
+    layer.load_state_dict(state_of("layer", tensor))
+    x = X.to(dtype)
+    expected = F.linear(quantize_input(x, scheme.activation), tensor.dequantize(dtype))
+    assert torch.equal(layer(x), expected)
 
 
 def test_static_activation() -> None:

@@ -106,7 +106,7 @@ tags: [quantized, bitfold]
 # {Path(source).name}, {scheme} by {method}
 
 Made by [bitfold](https://pypi.org/project/bitfold/) from `{source}`: scheme **{scheme}**, method **{method}**,
-{report["bits_per_weight"]:.3f} bits per quantized weight (scales and zero-points counted).
+{report["bits_per_weight"]:.3f} bits per quantized weight (scales, zero-points and codebooks counted).
 {notes}
 On {probe["tokens"]} probe tokens its distance to the original is KL {probe["kl_mean"]:.4f} nats per token, and the top
 token agrees {probe["top1_agreement"]:.1%} of the time. That is a smoke test, not an evaluation: measure it on your own

@@ -164,7 +164,8 @@ def _fp4_from_tensors(
     codes = (unpack(packed.view(torch.int32), 4, 2 * packed.shape[1]) + 8).to(torch.uint8)
     if scheme.grid == "mxfp4":
         return QuantizedTensor(codes, scale.view(torch.float8_e8m0fnu), None, scheme)
-    return QuantizedTensor(codes, scale, None, scheme, tensors[f"{name}.weight_global_scale"])
+    at = tensors[f"{name}.weight_global_scale"]
+    return QuantizedTensor(codes, scale, None, scheme, global_scale=at)
 
 
 # What can be said
@@ -175,6 +176,10 @@ def _unsayable_linear(scheme: Scheme) -> str | None:
     if weight is not None:
         if weight.grid == "nf4":
             return "it has no nf4 grid"
+        if weight.grid == "codebook":
+            return "it has no codebooks"
+        if weight.kept:
+            return "it has no columns that are kept beside the codes"
         if weight.granularity == "token":
             return "a weight has no tokens"
     return None if activation is None else _unsayable_activation(activation)

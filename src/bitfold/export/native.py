@@ -1,5 +1,5 @@
-"""bitfold's own format, for what compressed-tensors cannot say: nf4, keys unlike values, matrices that run, fp4 beside
-other dtypes than bfloat16.
+"""bitfold's own format, for what compressed-tensors cannot say: nf4, codebooks, keys unlike values, matrices that run,
+fp4 beside other dtypes than bfloat16.
 
 Loaded by `bitfold.runtime.hf_quantizer`. Each weight is packed into int32 words under the name
 `weight`, so that a transformers that does not know the format stops at a shape it did not expect;
@@ -8,7 +8,7 @@ config.json stops it even before. A matrix that runs behind a module NAME is NAM
 it would drop: so there must be packed weights wherever there are such matrices.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -140,16 +140,20 @@ def extra_config(layout: Layout, model_config: Mapping[str, Any]) -> dict[str, A
 def to_tensors(name: str, tensor: QuantizedTensor, format: WeightFormat) -> dict[str, Tensor]:
     """The tensors of one layer's weight [out, in]; the same for every `format`.
 
-    NAME.weight: [out, ⌈in·bits/32⌉] int32, packed codes (of nf4, mxfp4 and nvfp4 the indices − 8, of fp8 the bytes).
+    NAME.weight: [out, ⌈codes·bits/32⌉] int32, packed codes (of fp8 the bytes; where codes are indices, these less half
+        of those there could be).
     NAME.weight_shape: [2] int64, out and in.
     NAME.weight_scale: [out, groups] ([1, 1] per tensor) in the scale's dtype, or of mxfp4 and nvfp4 the bytes, uint8.
     NAME.weight_global_scale: [1] float32, of nvfp4 alone.
     NAME.weight_zero_point: [⌈out·bits/32⌉, groups] int32, packed along dim 0; asymmetric only.
+    NAME.weight_codebook: [books, entries, dim] int8; codebooks only. (An attention's NAME.value_codebook is of the same
+        shape, in floating point.)
+    NAME.weight_kept: [out, n] in the scale's dtype, and NAME.weight_columns: [n] int32, where columns are kept.
     """
     del format
     scheme = tensor.scheme
     result = {
-        "weight": pack(_signed(tensor.codes), scheme.bits),
+        "weight": pack(_signed(tensor), scheme.code_bits),
         "weight_scale": tensor.scale.view(torch.uint8) if scheme.fp4 else tensor.scale,
         "weight_shape": torch.tensor(tensor.shape),
     }
@@ -157,6 +161,12 @@ def to_tensors(name: str, tensor: QuantizedTensor, format: WeightFormat) -> dict
         result["weight_global_scale"] = tensor.global_scale
     if tensor.zero is not None:
         result["weight_zero_point"] = pack(tensor.zero.T, scheme.bits).T
+    beside = {
+        "weight_codebook": tensor.codebook,
+        "weight_kept": tensor.kept,
+        "weight_columns": tensor.columns,
+    }
+    result |= {key: value for key, value in beside.items() if value is not None}
     return {f"{name}.{key}": value.contiguous() for key, value in result.items()}
 
 
@@ -166,40 +176,35 @@ def from_tensors(
     """The weight that `to_tensors` wrote; `tensors` may hold others. KeyError if one is missing."""
     del format
     _, columns = tensors[f"{name}.weight_shape"].tolist()
-    zero = None if scheme.symmetric else tensors[f"{name}.weight_zero_point"]
-    global_scale = tensors[f"{name}.weight_global_scale"] if scheme.grid == "nvfp4" else None
-    return unpack_weight(
-        tensors[f"{name}.weight"],
-        tensors[f"{name}.weight_scale"],
-        zero,
-        scheme,
-        columns,
-        global_scale,
-    )
+    return unpack_weight(lambda part: tensors[f"{name}.{part}"], scheme, columns)
 
 
 def unpack_weight(
-    words: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    scheme: TensorScheme,
-    columns: int,
-    global_scale: Tensor | None = None,
+    stored: Callable[[str], Tensor], scheme: TensorScheme, columns: int
 ) -> QuantizedTensor:
-    """The weight [out, columns] behind the words, scales, packed zero-points and global scale of `to_tensors`."""
-    signed = unpack(words, scheme.bits, columns)
+    """The weight [out, columns] behind the tensors of `to_tensors`; `stored` gives the one of a name."""
+    signed = unpack(stored("weight"), scheme.code_bits, columns // scheme.values_per_code)
     dtype = code_dtype(scheme)
-    codes = (signed + 8).to(dtype) if dtype == torch.uint8 else signed.view(dtype)
+    half = 1 << (scheme.code_bits - 1)
+    codes = signed.view(torch.uint8) + half if dtype == torch.uint8 else signed.view(dtype)
+    scale, zero = stored("weight_scale"), None
     if scheme.fp4:
         scale = scale.view(scale_dtype_of(scheme, torch.float32))
-    if zero is not None:
-        zero = unpack(zero.T, scheme.bits, scale.shape[0]).T.contiguous()
-    return QuantizedTensor(codes, scale, zero, scheme, global_scale)
+    if not scheme.symmetric:
+        packed = stored("weight_zero_point").T
+        zero = unpack(packed, scheme.bits, scale.shape[0]).T.contiguous()
+    more = {"global_scale": scheme.grid == "nvfp4", "codebook": scheme.codebook is not None}
+    more |= {"kept": scheme.kept > 0, "columns": scheme.kept > 0}
+    beside = {part: stored(f"weight_{part}") for part, has in more.items() if has}
+    return QuantizedTensor(codes, scale, zero, scheme, **beside)
 
 
-def _signed(codes: Tensor) -> Tensor:
+def _signed(tensor: QuantizedTensor) -> Tensor:
     """Codes as the signed integers that are packed, int8."""
-    return codes.to(torch.int8) - 8 if codes.dtype == torch.uint8 else codes.view(torch.int8)
+    codes = tensor.codes
+    if codes.dtype != torch.uint8:
+        return codes.view(torch.int8)
+    return (codes - (1 << (tensor.scheme.code_bits - 1))).view(torch.int8)
 
 
 def _strategy(scheme: Scheme) -> str:

@@ -1,6 +1,7 @@
 """Grids, schemes, quantize/dequantize, bit packing: pure functions on tensors."""
 
 from bitfold.numerics.blocks import blocks_product, linear_blocks
+from bitfold.numerics.codebook import CodebookShape, entries_of, quantize_values
 from bitfold.numerics.fp4 import global_scale, scale_dtype_of
 from bitfold.numerics.packing import pack, packed_width, unpack
 from bitfold.numerics.quantize import (
@@ -16,11 +17,13 @@ from bitfold.numerics.scheme import Scheme, TensorScheme
 from bitfold.numerics.tensor import QuantizedTensor, sharing_global_scale
 
 __all__ = [
+    "CodebookShape",
     "QuantizedTensor",
     "Scheme",
     "TensorScheme",
     "blocks_product",
     "dequantize",
+    "entries_of",
     "fake_quantize",
     "fake_quantize_dynamic",
     "from_groups",
@@ -29,6 +32,7 @@ __all__ = [
     "pack",
     "packed_width",
     "quantize",
+    "quantize_values",
     "scale_and_zero",
     "scale_dtype_of",
     "sharing_global_scale",

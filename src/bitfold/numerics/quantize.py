@@ -31,6 +31,7 @@ __all__ = [
     "from_groups",
     "quantize",
     "scale_and_zero",
+    "storable_scale",
     "to_groups",
 ]
 
@@ -98,22 +99,27 @@ def scale_and_zero(
         scale = (maximum - minimum) / (scheme.qmax - scheme.qmin)
     # A constant group c is exact as c = ±1 · |c|, whatever the grid's own step would have been.
     scale = torch.where(constant, value, scale)
-    # What does not fit in scale_dtype (or in its own) is clipped: an infinite scale would make NaNs of all values.
-    largest = min(torch.finfo(dtype).max for dtype in (scale.dtype, scale_dtype or scale.dtype))
-    scale = scale.clamp(max=largest)
-    if scale_dtype is not None:
-        scale = scale.to(scale_dtype).to(minimum.dtype)
-    # Zero (an all-zero group, or an underflow in scale_dtype) becomes the smallest scale there is.
-    smallest = 2.0**-24 if scale_dtype == torch.float16 else torch.finfo(torch.float32).tiny
-    scale = torch.where(scale == 0, torch.full_like(scale, smallest), scale)
+    scale = storable_scale(scale, scale_dtype)
     if scheme.symmetric:
         return scale, None
     zero = (scheme.qmin - torch.round(minimum / scale)).clamp(scheme.qmin, scheme.qmax)
     return scale, torch.where(constant, torch.zeros_like(zero), zero)
 
 
+def storable_scale(scale: Tensor, scale_dtype: torch.dtype | None = None) -> Tensor:
+    """Scales ≥ 0 rounded to the dtype in which they will be stored, in their own dtype."""
+    # What does not fit in scale_dtype (or in its own) is clipped: an infinite scale would make NaNs of all values.
+    largest = min(torch.finfo(dtype).max for dtype in (scale.dtype, scale_dtype or scale.dtype))
+    rounded = scale.clamp(max=largest)
+    if scale_dtype is not None:
+        rounded = rounded.to(scale_dtype).to(scale.dtype)
+    # Zero (an all-zero group, or an underflow in scale_dtype) becomes the smallest scale there is.
+    smallest = 2.0**-24 if scale_dtype == torch.float16 else torch.finfo(torch.float32).tiny
+    return torch.where(rounded == 0, torch.full_like(rounded, smallest), rounded)
+
+
 def code_dtype(scheme: TensorScheme) -> torch.dtype:
-    """dtype in which codes are held in memory: int8, float8 for fp8, uint8 indices for nf4, mxfp4 and nvfp4."""
+    """dtype in which codes are held in memory: int8, float8 for fp8, uint8 indices for all other grids."""
     return {"int": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}.get(scheme.grid, torch.uint8)
 
 

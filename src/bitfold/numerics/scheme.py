@@ -6,10 +6,11 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bitfold.errors import RecipeError
+from bitfold.numerics.codebook import CodebookShape
 
 __all__ = ["GridName", "Scheme", "TensorScheme"]
 
-GridName = Literal["int", "fp8_e4m3", "nf4", "mxfp4", "nvfp4"]
+GridName = Literal["int", "fp8_e4m3", "nf4", "mxfp4", "nvfp4", "codebook"]
 Granularity = Literal["tensor", "channel", "group", "token"]
 
 _FIXED_BITS = {"fp8_e4m3": 8, "nf4": 4, "mxfp4": 4, "nvfp4": 4}
@@ -23,7 +24,9 @@ class TensorScheme(BaseModel):
     `granularity` names the elements that share one scale: all of them (`tensor`), a row of a weight
     (`channel`), `group_size` consecutive inputs of a row (`group`), or the last axis of an activation
     (`token`; for queries, keys and values of shape [batch, head, token, head_dim] that is per token and head).
-    The grids `mxfp4` and `nvfp4` have groups of 32 and 16.
+    The grids `mxfp4` and `nvfp4` have groups of 32 and 16. `codebook`: the size of a learned one, once it is known;
+    `bits` are then those that were asked for. `kept`: how many columns of a weight stand beside the codes in the dtype
+    of the scales.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -35,10 +38,12 @@ class TensorScheme(BaseModel):
     granularity: Granularity = "channel"
     group_size: int | None = Field(default=None, ge=2)
     static: bool = False
+    codebook: CodebookShape | None = None
+    kept: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.grid != "int" and self.bits != _FIXED_BITS[self.grid]:
+        if self.bits != _FIXED_BITS.get(self.grid, self.bits):
             raise ValueError(f"grid {self.grid} has {_FIXED_BITS[self.grid]} bits, not {self.bits}")
         if self.grid != "int" and not self.symmetric:
             raise ValueError(f"grid {self.grid} has no zero-point: set symmetric=true")
@@ -55,7 +60,19 @@ class TensorScheme(BaseModel):
             )
         if self.granularity == "token" and self.static:
             raise ValueError("a scale per token is dynamic: set granularity=tensor for static=true")
+        if self.codebook is not None and self.grid != "codebook":
+            raise ValueError("codebook goes with grid=codebook, and only with it")
         return self
+
+    @property
+    def code_bits(self) -> int:
+        """Bits of a stored code."""
+        return self.bits if self.codebook is None else self.codebook.code_bits
+
+    @property
+    def values_per_code(self) -> int:
+        """How many adjacent values of a row one code stands for."""
+        return 1 if self.codebook is None else self.codebook.dim
 
     @property
     def qmin(self) -> int:
@@ -84,9 +101,12 @@ class TensorScheme(BaseModel):
         'int4 asymmetric, group 128'
         """
         grid = f"int{self.bits}" if self.grid == "int" else self.grid
+        if self.codebook is not None:
+            return f"{self.codebook.entries} entries of {self.codebook.dim} in {self.codebook.books} codebooks"
         sign = "symmetric" if self.symmetric else "asymmetric"
         where = f"group {self.group_size}" if self.group_size else self.granularity
-        return f"{grid} {sign}, {'static ' if self.static else ''}{where}"
+        kept = f", {self.kept} columns kept" if self.kept else ""
+        return f"{grid} {sign}, {'static ' if self.static else ''}{where}{kept}"
 
 
 _WIDTH = r"(\d+|fp8|nf4|mxfp4|nvfp4)"
@@ -116,6 +136,14 @@ class Scheme(BaseModel):
                 raise ValueError(
                     f"the {name} has no global scale, which nvfp4 takes from calibration text: choose mxfp4"
                 )
+        for name in ("activation", "query", "key"):
+            part = getattr(self, name)
+            if part is not None and part.grid == "codebook":
+                raise ValueError(f"the {name} has no codebook: only weights and values have")
+        for name in ("activation", "query", "key", "value"):
+            part = getattr(self, name)
+            if part is not None and part.kept:
+                raise ValueError(f"the {name} keeps no columns: only weights do")
         return self
 
     @classmethod
@@ -186,7 +214,9 @@ class Scheme(BaseModel):
 def _width(scheme: TensorScheme | None) -> str:
     if scheme is None:
         return "16"
-    return {"int": str(scheme.bits), "fp8_e4m3": "fp8"}.get(scheme.grid, scheme.grid)
+    return {"fp8_e4m3": "fp8", "int": str(scheme.bits), "codebook": str(scheme.bits)}.get(
+        scheme.grid, scheme.grid
+    )
 
 
 def _grid(width: str) -> dict[str, object]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitfold.numerics.quantize import dequantize, from_groups, to_groups
+from bitfold.numerics.quantize import from_groups, to_groups
 from bitfold.numerics.scheme import TensorScheme
 from bitfold.numerics.tensor import QuantizedTensor
 
@@ -80,11 +80,10 @@ class _Dequantize(torch.autograd.Function):
         (gradient,) = gradients
         tensor: QuantizedTensor = ctx.tensor
         like, position = ctx.saved_tensors
-        codes = to_groups(tensor.codes, tensor.scheme)
-        one = like.new_ones((*codes.shape[:-1], 1))
-        zero = None if tensor.zero is None else tensor.zero.reshape(one.shape)
-        units = from_groups(dequantize(codes, one, zero, tensor.scheme), tensor.shape)
+        units = replace(tensor, scale=torch.ones_like(like)).dequantize(like.dtype)
         gradient = gradient.to(like.dtype)
+        if tensor.columns is not None:  # what is kept depends on neither scale nor code
+            gradient = gradient.index_fill(1, tensor.columns.long(), 0)
         by_group = to_groups(units.mul_(gradient), tensor.scheme)
         on_scale = by_group.sum(dim=-1).reshape(like.shape)
         if position is None:
@@ -93,5 +92,6 @@ class _Dequantize(torch.autograd.Function):
         inside = torch.ops.aten.hardtanh_backward(
             gradient, position.to(gradient.dtype), scheme.qmin - 0.5, scheme.qmax + 0.5
         )
-        groups = to_groups(inside, scheme) * like.reshape(one.shape)
+        groups = to_groups(inside, scheme)
+        groups = groups * like.reshape(*groups.shape[:-1], 1)
         return on_scale, from_groups(groups, tensor.shape), None, None, None

@@ -97,6 +97,12 @@ def allocate(
         raise RecipeError(
             "A budget of latency and a table of latencies go together: give --latency and --latency-table."
         )
+    plan = job.plan
+    if any(plan.stored_weight(name) != scheme.weight for name, scheme in plan.schemes.items()):
+        raise RecipeError(
+            f"Bits are found for integers, and {plan.recipe.method} stores something else: find them with another "
+            "--method, then give the recipe.yaml that comes out to this one by --recipe."
+        )
     table = None if mixed.table is None else read_latencies(mixed.table)
     search = make_search(job.skeleton, job.plan, job.dtype, mixed, calibration)
     store = Store(job.out)

@@ -17,6 +17,7 @@ from bitfold.pipeline.plan import Plan
 from bitfold.pipeline.rewrite import rewrite_block
 from bitfold.pipeline.round import round_block
 from bitfold.pipeline.streams import Streams
+from bitfold.pipeline.values import learned_values
 from bitfold.recipe import Recipe
 from bitfold.statistics import InputStatistics
 
@@ -30,7 +31,8 @@ class QuantizedBlock:
     tensors: quantized weights; plain: everything else, in the dtype of storage; inputs: how layers' inputs are
     quantized; all by name relative to the block. errors: relative error of each layer's output on the probe.
     unpacked_in: the dtype in which loaders compute the weights' values, where that is not the one they run in.
-    fits: figures of the transforms' fits. notes: what the user should read.
+    fits: figures of the transforms' fits. notes: what the user should read. value_codebook: by which values are
+    quantized, where their scheme has one.
     """
 
     tensors: dict[str, QuantizedTensor]
@@ -42,6 +44,7 @@ class QuantizedBlock:
     unpacked_in: torch.dtype | None = None
     fits: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    value_codebook: Tensor | None = None
 
     def weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """What the block's parameters are once loaded: the simulation."""
@@ -89,6 +92,11 @@ def quantize_block(
         skeleton, index, plan, streams, folded, inputs, rewritten.clipping, report
     )
     heads = plan.attention[f"{prefix}.{skeleton.family.attention}"]
+    simulated = folded | {
+        f"{name}.weight": t.dequantize(plan.unpacked_in or dtype).to(dtype)
+        for name, t in tensors.items()
+    }
+    value_codebook = learned_values(skeleton, index, plan, simulated, streams, inputs)
     errors = _layer_errors(skeleton, index, folded, tensors, inputs, streams.probe_quantized)
     return QuantizedBlock(
         tensors,
@@ -100,6 +108,7 @@ def quantize_block(
         plan.unpacked_in,
         rewritten.fits,
         [*(note for fit in rewritten.fits for note in fit.get("notes", ())), *rounding_notes],
+        value_codebook,
     )
 
 
@@ -113,7 +122,13 @@ def run_quantized(
         module = skeleton.blocks[index]
         with (
             torch.no_grad(),
-            quantizing(module, block.inputs, skeleton.family.attention, block.heads),
+            quantizing(
+                module,
+                block.inputs,
+                skeleton.family.attention,
+                block.heads,
+                codebook=block.value_codebook,
+            ),
         ):
             return skeleton.run(index, weights, hidden)
 

@@ -3,13 +3,11 @@
 import json
 import shutil
 
-import torch
-
 from bitfold.errors import OutputError
 from bitfold.export.artifact import companion_files
 from bitfold.export.layout import WeightFormat
 from bitfold.models.checkpoint import tensor_bytes
-from bitfold.numerics import QuantizedTensor, TensorScheme, to_groups
+from bitfold.numerics import QuantizedTensor, TensorScheme
 from bitfold.pipeline.job import Job
 from bitfold.pipeline.probe import probe_bytes
 from bitfold.pipeline.workdir import Workdir, existing_parent
@@ -34,7 +32,7 @@ def artifact_bytes(job: Job) -> int:
     for name, source in job.skeleton.sources.items():
         layer = name.removesuffix(".weight")
         info = job.skeleton.checkpoint.tensors[source]
-        scheme = job.plan.schemes[layer].weight if layer in job.plan.schemes else None
+        scheme = job.plan.stored_weight(layer)
         if scheme is None or layer == name:
             weights, tensors = weights + info.nbytes, tensors + 1
             continue
@@ -45,6 +43,9 @@ def artifact_bytes(job: Job) -> int:
         weights, tensors = weights + known[key][0], tensors + known[key][1]
     if job.plan.online is not None:
         weights, tensors = weights + job.plan.online.bytes, tensors + job.plan.online.matrices
+    for attention in job.plan.layout.attention.values():
+        if attention.scheme.value is not None and (book := attention.scheme.value.codebook):
+            weights, tensors = weights + book.numbers * job.plan.storage.itemsize, tensors + 1
     companions = sum(file.stat().st_size for file in companion_files(job.source))
     windows, length = job.probe.shape
     probe = probe_bytes(windows, length, job.skeleton.config.vocab_size)
@@ -107,8 +108,6 @@ def weight_bytes(
     job: Job, shape: tuple[int, ...], scheme: TensorScheme, form: WeightFormat
 ) -> tuple[int, int]:
     """Bytes and number of the tensors that the job's format makes of a weight [out, in]."""
-    weight = torch.empty(shape, device="meta")
-    limits = torch.aminmax(to_groups(weight, scheme), dim=-1, keepdim=True)
-    tensor = QuantizedTensor.from_limits(weight, *limits, scheme, job.plan.storage)
+    tensor = QuantizedTensor.empty(shape, scheme, job.plan.storage, device="meta")
     stored = job.plan.format.to_tensors("", tensor, form)
     return tensor_bytes(stored), len(stored)

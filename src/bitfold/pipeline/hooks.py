@@ -14,6 +14,7 @@ __all__ = [
     "InputQuantizer",
     "capturing_inputs",
     "capturing_outputs",
+    "capturing_values",
     "quantizing",
     "run_for_inputs",
 ]
@@ -93,14 +94,38 @@ def capturing_outputs(block: nn.Module, names: Iterable[str]) -> Iterator[dict[s
 
 
 @contextmanager
+def capturing_values(
+    block: nn.Module, attention: str, receive: Callable[[Tensor], None]
+) -> Iterator[None]:
+    """Within this context a block's attention quantizes nothing, and hands its values [batch, heads, tokens, head_dim]
+    to a function."""
+
+    def keep(x: Tensor, scheme: TensorScheme) -> Tensor:
+        receive(x)
+        return x
+
+    module = block.get_submodule(attention)
+    scheme = TensorScheme(granularity="token")
+    set_head_quantizers(module, HeadQuantizers(None, None, scheme, keep))
+    try:
+        yield
+    finally:
+        set_head_quantizers(module, None)
+
+
+@contextmanager
 def quantizing(
     block: nn.Module,
     inputs: Mapping[str, Callable[[Tensor], Tensor]],
     attention: str,
     heads: Scheme,
     on_heads: Callable[[Tensor, TensorScheme], Tensor] = fake_quantize_dynamic,
+    codebook: Tensor | None = None,
 ) -> Iterator[None]:
-    """Within this context the block runs with quantized inputs, and queries, keys and values by `on_heads`."""
+    """Within this context the block runs with quantized inputs, and queries, keys and values by `on_heads`.
+
+    codebook: of the values. Where they are to have one that is not learned yet, they are left alone.
+    """
 
     def hook_for(quantizer: Callable[[Tensor], Tensor]) -> Callable[..., tuple[Tensor, ...]]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -109,10 +134,12 @@ def quantizing(
         return hook
 
     module = block.get_submodule(attention)
+    if codebook is None and heads.value is not None and heads.value.grid == "codebook":
+        heads = heads.model_copy(update={"value": None})
     with ExitStack() as stack:
         for name, quantizer in inputs.items():
             handle = block.get_submodule(name).register_forward_pre_hook(hook_for(quantizer))
             stack.callback(handle.remove)
-        set_head_quantizers(module, HeadQuantizers.of(heads, on_heads))
+        set_head_quantizers(module, HeadQuantizers.of(heads, on_heads, codebook))
         stack.callback(set_head_quantizers, module, None)
         yield

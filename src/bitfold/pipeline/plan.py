@@ -11,7 +11,7 @@ from bitfold.export import Choice, Format, Layout, choose_format
 from bitfold.export.layout import AttentionEntry, LayerEntry, OnlineEntry
 from bitfold.models.family import ONLINE, Site, head_counts
 from bitfold.models.skeleton import Skeleton
-from bitfold.numerics import Scheme, TensorScheme
+from bitfold.numerics import CodebookShape, Scheme, TensorScheme
 from bitfold.pipeline.online import OnlineCost, online_cost, online_entries
 from bitfold.recipe import Recipe
 from bitfold.transforms import Heads
@@ -25,8 +25,8 @@ HEAD = "lm_head"
 class Plan:
     """What will be done to each layer, and how it will be said on disk.
 
-    schemes: full name of every linear layer of the blocks, and of lm_head where a rule names it → its scheme; an
-    ignored one has a scheme of Nones.
+    schemes: full name of every linear layer of the blocks, and of lm_head where a rule names it → its scheme, as it was
+    asked for; an ignored one has a scheme of Nones. What the rounding makes of it stands in the layout.
     attention: full name of every attention module → its scheme.
     storage: dtype of the checkpoint's floating tensors, in which scales and rewritten norms are stored.
     online: what the matrices cost that the recipe leaves to run; None where everything is folded.
@@ -43,6 +43,11 @@ class Plan:
     choice: Choice
     online: OnlineCost | None
     notes: tuple[str, ...] = field(default=())
+
+    def stored_weight(self, name: str) -> TensorScheme | None:
+        """How the weight of a linear layer is stored; None where it is left alone."""
+        entry = self.layout.linears.get(name)
+        return None if entry is None else entry.scheme.weight
 
     @property
     def unpacked_in(self) -> torch.dtype | None:
@@ -86,7 +91,11 @@ def make_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
         )
     online = online_entries(skeleton, recipe)
     storage = _storage_dtype(skeleton)
-    layout = _layout(skeleton, schemes, attention, names, online, storage)
+    stored = {
+        name: _as_stored(skeleton, name, scheme, recipe, storage)
+        for name, scheme in schemes.items()
+    }
+    layout = _layout(skeleton, stored, attention, names, online, storage)
     format, choice, notes = choose_format(layout)
     heads = Heads(*head_counts(skeleton.config))
     return Plan(
@@ -100,7 +109,7 @@ def make_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
         format=format,
         choice=choice,
         online=online_cost(skeleton, online, storage),
-        notes=notes,
+        notes=notes + _notes_on_values(attention, storage),
     )
 
 
@@ -183,6 +192,19 @@ def _head_scheme(skeleton: Skeleton, recipe: Recipe) -> Scheme | None:
     return rules[-1]
 
 
+def _as_stored(
+    skeleton: Skeleton, name: str, scheme: Scheme, recipe: Recipe, storage: torch.dtype
+) -> Scheme:
+    """The scheme of a layer with what the rounding makes of its weight's; lm_head is rounded to nearest."""
+    if scheme.weight is None or name == HEAD:
+        return scheme
+    linear = skeleton.model.get_submodule(name)
+    assert isinstance(linear, torch.nn.Linear)
+    shape = (linear.out_features, linear.in_features)
+    weight = recipe.rounding.stored_as(name, scheme.weight, shape, storage)
+    return scheme.model_copy(update={"weight": weight})
+
+
 def _attention_schemes(skeleton: Skeleton, schemes: Mapping[str, Scheme]) -> dict[str, Scheme]:
     """q, k and v are quantized in the attention, so its projections must agree on them."""
     result: dict[str, Scheme] = {}
@@ -202,7 +224,7 @@ def _attention_schemes(skeleton: Skeleton, schemes: Mapping[str, Scheme]) -> dic
                 f"The q, k and v projections of {name} ask for different query, key or value schemes: "
                 "give them one."
             )
-        result[name] = wanted[0] if wanted else Scheme()
+        result[name] = _with_codebook(wanted[0] if wanted else Scheme(), skeleton)
         for tensor in ("query", "key", "value"):
             _check_group(
                 f"The {tensor}'s group size",
@@ -211,6 +233,29 @@ def _attention_schemes(skeleton: Skeleton, schemes: Mapping[str, Scheme]) -> dic
                 head_dim,
             )
     return result
+
+
+def _with_codebook(scheme: Scheme, skeleton: Skeleton) -> Scheme:
+    """The scheme of an attention with the size of its values' codebook, where it has one: as many dimensions share a
+    code as 8 bits allow."""
+    value = scheme.value
+    if value is None or value.grid != "codebook":
+        return scheme
+    heads = Heads(*head_counts(skeleton.config))
+    dim = next(d for d in range(8 // value.bits, 0, -1) if heads.size % d == 0)
+    books = heads.keys * heads.size // dim
+    shape = CodebookShape(dim=dim, entries=2 ** (value.bits * dim), books=books)
+    return scheme.model_copy(update={"value": value.model_copy(update={"codebook": shape})})
+
+
+def _notes_on_values(attention: Mapping[str, Scheme], storage: torch.dtype) -> tuple[str, ...]:
+    """What values take that have codebooks."""
+    shapes = {s.value.codebook for s in attention.values() if s.value and s.value.codebook}
+    return tuple(
+        f"values take {shape.code_bits / shape.dim:g} bits each, without scales: codes of {shape.code_bits} bits for "
+        f"{shape.dim} dimensions of a head; their codebooks take {shape.numbers * storage.itemsize:,} bytes a layer"
+        for shape in shapes
+    )
 
 
 def _layout(

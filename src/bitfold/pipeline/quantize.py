@@ -238,7 +238,7 @@ def _block_entry(
         "sums": tensor_sums(tensors),
         "bytes": tensor_bytes(tensors),
         "bits": sum(tensor.bits for tensor in block.tensors.values()),
-        "weights": sum(tensor.codes.numel() for tensor in block.tensors.values()),
+        "weights": sum(tensor.shape.numel() for tensor in block.tensors.values()),
         "folding_error": block.folding_error,
         "fits": block.fits,
         "notes": [f"{prefix}: {note}" for note in block.notes],

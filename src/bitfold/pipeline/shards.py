@@ -13,8 +13,11 @@ from bitfold.models.skeleton import Skeleton
 from bitfold.pipeline.block import QuantizedBlock
 from bitfold.pipeline.hooks import InputQuantizer
 from bitfold.pipeline.plan import Plan
+from bitfold.runtime.attention import VALUE_CODEBOOK
 
 __all__ = ["block_from_tensors", "block_tensors", "check_shard"]
+
+_PARTS = ("codes", "scale", "zero", "codebook", "kept", "columns")
 
 
 def block_tensors(
@@ -31,6 +34,8 @@ def block_tensors(
         width = plan.layout.linears[full].in_features
         entry = LayerEntry(plan.schemes[full], width, quantizer.scale, quantizer.zero)
         tensors |= input_tensors(full, entry)
+    if block.value_codebook is not None:
+        tensors[_codebook_name(skeleton, index)] = block.value_codebook
     return tensors
 
 
@@ -40,12 +45,13 @@ def block_from_tensors(
     """The block that `block_tensors` stored; its errors are not stored and come back empty."""
     prefix = skeleton.block_name(index)
     schemes = plan.block_schemes(prefix)
+    stored = {name: plan.stored_weight(f"{prefix}.{name}") for name in schemes}
     quantized = {
         name: plan.format.from_tensors(
-            f"{prefix}.{name}", tensors, scheme.weight, plan.choice.formats[f"{prefix}.{name}"]
+            f"{prefix}.{name}", tensors, scheme, plan.choice.formats[f"{prefix}.{name}"]
         )
-        for name, scheme in schemes.items()
-        if scheme.weight is not None
+        for name, scheme in stored.items()
+        if scheme is not None
     }
     inputs = {
         name: InputQuantizer(
@@ -62,7 +68,10 @@ def block_from_tensors(
         if name.removesuffix(".weight") not in quantized
     }
     heads = plan.attention[f"{prefix}.{skeleton.family.attention}"]
-    return QuantizedBlock(quantized, plain, inputs, heads, {}, 0.0, plan.unpacked_in)
+    codebook = tensors.get(_codebook_name(skeleton, index))
+    return QuantizedBlock(
+        quantized, plain, inputs, heads, {}, 0.0, plan.unpacked_in, value_codebook=codebook
+    )
 
 
 def check_shard(
@@ -75,12 +84,15 @@ def check_shard(
     stored = block_from_tensors(skeleton, index, plan, load_file(file))
     for name, tensor in block.tensors.items():
         other = stored.tensors[name]
-        parts = ("codes", "scale", "zero", "global_scale")
-        if not all(_equal(getattr(tensor, part), getattr(other, part)) for part in parts):
+        if not all(_equal(getattr(tensor, part), getattr(other, part)) for part in _PARTS):
             raise VerificationError(
                 f"{skeleton.block_name(index)}.{name} read back from {file} is not what was written: "
                 "the disk or the format is at fault; nothing was published."
             )
+
+
+def _codebook_name(skeleton: Skeleton, index: int) -> str:
+    return f"{skeleton.block_name(index)}.{skeleton.family.attention}.{VALUE_CODEBOOK}"
 
 
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:

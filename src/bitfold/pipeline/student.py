@@ -223,7 +223,12 @@ class Student:
     ) -> AbstractContextManager[None]:
         skeleton = self._job.skeleton
         return quantizing(
-            skeleton.blocks[index], inputs, skeleton.family.attention, block.heads, on_heads
+            skeleton.blocks[index],
+            inputs,
+            skeleton.family.attention,
+            block.heads,
+            on_heads,
+            block.value_codebook,
         )
 
     # -- backward ----------------------------------------------------------------------------------

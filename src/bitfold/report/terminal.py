@@ -136,7 +136,7 @@ def description_tables(content: Mapping[str, Any]) -> list[Table]:
         facts += [
             (
                 "bits per weight",
-                f"{content['bits_per_weight']:.3f} (scales and zero-points counted)",
+                f"{content['bits_per_weight']:.3f} (scales, zero-points, codebooks counted)",
             ),
             *([("online", content["online"]["note"])] if "online" in content else []),
             *(

@@ -9,8 +9,10 @@ from bitfold.rounding.gptaq import Gptaq
 from bitfold.rounding.gptq import Gptq
 from bitfold.rounding.nearest import Nearest
 from bitfold.rounding.qronos import Qronos
-from bitfold.rounding.rounding import Layer, Rounded, Rounding
+from bitfold.rounding.rounding import Layer, Rounded, Rounding, Stores
+from bitfold.rounding.salient import Salient
 from bitfold.rounding.signround import Signround
+from bitfold.rounding.vq import Vq
 
 __all__ = [
     "ROUNDINGS",
@@ -23,7 +25,10 @@ __all__ = [
     "Qronos",
     "Rounded",
     "Rounding",
+    "Salient",
     "Signround",
+    "Stores",
+    "Vq",
 ]
 
 ROUNDINGS: dict[str, type[Rounding | BlockRounding]] = {
@@ -31,5 +36,7 @@ ROUNDINGS: dict[str, type[Rounding | BlockRounding]] = {
     "gptq": Gptq,
     "gptaq": Gptaq,
     "qronos": Qronos,
+    "salient": Salient,
     "signround": Signround,
+    "vq": Vq,
 }

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitfold.part import Part
-from bitfold.rounding.rounding import Layer, Rounded
+from bitfold.rounding.rounding import Layer, Rounded, Stores
 
 __all__ = ["BlockLoss", "BlockRounding"]
 
@@ -28,7 +27,7 @@ class BlockLoss:
     report: Callable[[int, int, str], None]
 
 
-class BlockRounding(Part):
+class BlockRounding(Stores):
     """Makes the codes of all weights of a block together, once their limits are known."""
 
     @abstractmethod

@@ -91,10 +91,13 @@ class InverseFactor:
     damping: float
 
 
-def inverse_factor(gram: Tensor, damping: float, *, by_activation: bool) -> InverseFactor:
+def inverse_factor(
+    gram: Tensor, damping: float, *, by_activation: bool, width: int = 1
+) -> InverseFactor:
     """The Cholesky factor of the damped inverse of a second moment [n, n].
 
-    A column that no input reaches has H_jj = 0; it counts as the mean does, so that it is rounded to nearest.
+    width: so many adjacent columns stay together in the order. A column that no input reaches has H_jj = 0; it counts
+    as the mean does, so that it is rounded to nearest.
     """
     size = gram.shape[0]
     diagonal = gram.diagonal()
@@ -102,7 +105,9 @@ def inverse_factor(gram: Tensor, damping: float, *, by_activation: bool) -> Inve
     mean = diagonal[alive].mean() if alive.any() else torch.ones_like(diagonal[0])
     order = torch.arange(size, device=gram.device)
     if by_activation:
-        order = torch.argsort(diagonal, descending=True, stable=True)
+        power = diagonal.unflatten(0, (-1, width)).sum(dim=1)
+        tiles = torch.argsort(power, descending=True, stable=True)
+        order = order.unflatten(0, (-1, width))[tiles].flatten()
     turned = gram[order][:, order]
     turned.diagonal().add_(torch.where(alive, 0.0, mean)[order])
     added = damping

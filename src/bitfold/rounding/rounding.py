@@ -3,15 +3,17 @@
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from bitfold.errors import RecipeError
 from bitfold.numerics import QuantizedTensor, TensorScheme
 from bitfold.part import Part
 from bitfold.statistics import InputStatistics
 
-__all__ = ["Layer", "Rounded", "Rounding"]
+__all__ = ["Layer", "Rounded", "Rounding", "Stores"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,30 @@ class Rounded:
     notes: list[str] = field(default_factory=list)
 
 
-class Rounding(Part):
+class Stores(Part):
+    """What every rounding says before the first block. reads_limits: whether codes depend on the range."""
+
+    reads_limits: ClassVar[bool] = True
+
+    def stored_as(
+        self, name: str, scheme: TensorScheme, shape: tuple[int, int], scale_dtype: torch.dtype
+    ) -> TensorScheme:
+        """What the weight [out, in] of layer `name` will be stored as, for which a recipe asks for `scheme`.
+
+        Raises RecipeError where this rounding cannot make it.
+        """
+        if scheme.grid == "codebook":
+            raise RecipeError(
+                f"The codebook of {name} has to be learned: choose --method vq with a scheme such as w{scheme.bits}a16."
+            )
+        if scheme.kept:
+            raise RecipeError(
+                f"The columns of {name} that are kept have to be chosen: use --method salient, and salient.share."
+            )
+        return scheme
+
+
+class Rounding(Stores):
     """Makes the codes of weights once their limits are known."""
 
     @abstractmethod

@@ -13,29 +13,36 @@ from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from bitfold.numerics import Scheme, TensorScheme, fake_quantize_dynamic
+from bitfold.numerics import Scheme, TensorScheme, fake_quantize_dynamic, quantize_values
 from bitfold.runtime.short_attention import LONGEST, short_attention
 
-__all__ = ["ATTENTION", "HeadQuantizers", "set_head_quantizers"]
+__all__ = ["ATTENTION", "VALUE_CODEBOOK", "HeadQuantizers", "set_head_quantizers"]
 
 ATTENTION = "bitfold"
+VALUE_CODEBOOK = "value_codebook"
+"""Name of the codebook of an attention's values, among its tensors."""
 _ATTRIBUTE = "bitfold_head_quantizers"
 
 
 @dataclass(frozen=True)
 class HeadQuantizers:
-    """Schemes of queries, keys and values, each [batch, heads, tokens, head_dim]; None leaves them alone."""
+    """Schemes of queries, keys and values, each [batch, heads, tokens, head_dim]; None leaves them alone.
+
+    codebook: of the values, as of `quantize_values`; None: the attention module has it, where the scheme wants one.
+    """
 
     query: TensorScheme | None
     key: TensorScheme | None
     value: TensorScheme | None
     quantize: Callable[[Tensor, TensorScheme], Tensor] = fake_quantize_dynamic
+    codebook: Tensor | None = None
 
     @classmethod
     def of(
         cls,
         scheme: Scheme,
         quantize: Callable[[Tensor, TensorScheme], Tensor] = fake_quantize_dynamic,
+        codebook: Tensor | None = None,
     ) -> "HeadQuantizers | None":
         """The q/k/v part of a layer's scheme, or None where it has none.
 
@@ -43,11 +50,20 @@ class HeadQuantizers:
         """
         if not scheme.quantizes_attention:
             return None
-        return cls(scheme.query, scheme.key, scheme.value, quantize)
+        return cls(scheme.query, scheme.key, scheme.value, quantize, codebook)
 
     def on(self, x: Tensor, scheme: TensorScheme | None) -> Tensor:
         """x quantized, or as it is without a scheme."""
         return x if scheme is None else self.quantize(x, scheme)
+
+    def on_value(self, x: Tensor, module: torch.nn.Module) -> Tensor:
+        """The same of values, in the attention of this module."""
+        if self.value is None or self.value.grid != "codebook":
+            return self.on(x, self.value)
+        codebook = self.codebook
+        if codebook is None:
+            codebook = module.get_buffer(VALUE_CODEBOOK)
+        return quantize_values(x, codebook)
 
 
 def set_head_quantizers(attention: torch.nn.Module, quantizers: HeadQuantizers | None) -> None:
@@ -67,7 +83,7 @@ def _attention(
     if quantizers is not None:
         query = quantizers.on(query, quantizers.query)
         key = quantizers.on(key, quantizers.key)
-        value = quantizers.on(value, quantizers.value)
+        value = quantizers.on_value(value, module)
     if _learning_in_bfloat16(query) and query.shape[-2] <= LONGEST and not _special(kwargs):
         causal = attention_mask is None and getattr(module, "is_causal", True)
         scaling: Any = kwargs.get("scaling")

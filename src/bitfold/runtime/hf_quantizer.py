@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -11,7 +12,12 @@ from bitfold.errors import CheckpointError, RecipeError
 from bitfold.export import native
 from bitfold.export.layout import OnlineEntry
 from bitfold.numerics import Scheme
-from bitfold.runtime.attention import ATTENTION, HeadQuantizers, set_head_quantizers
+from bitfold.runtime.attention import (
+    ATTENTION,
+    VALUE_CODEBOOK,
+    HeadQuantizers,
+    set_head_quantizers,
+)
 from bitfold.runtime.online import BlockDiagonal, attach
 from bitfold.runtime.quantized_linear import QuantizedLinear
 
@@ -51,6 +57,10 @@ class BitfoldHfQuantizer(HfQuantizer):
             _use_bitfold_attention(model)
         for name, scheme in attention.items():
             set_head_quantizers(_module(model, name), HeadQuantizers.of(scheme))
+            if scheme.value is not None and (book := scheme.value.codebook):
+                size = book.shape
+                empty = torch.zeros(size, dtype=model.dtype, device=model.device)
+                _module(model, name).register_buffer(VALUE_CODEBOOK, empty)
         for name, entry in native.read_online(settings).items():
             attach(*_behind(name, _module(model, name), entry))
 

@@ -25,7 +25,6 @@ class QuantizedLinear(nn.Module):
     input_scale: Tensor | None
     input_global_scale: Tensor | None
     input_zero_point: Tensor | None
-    weight_zero_point: Tensor | None
 
     def __init__(
         self,
@@ -50,11 +49,17 @@ class QuantizedLinear(nn.Module):
         else:
             scales = _scale_shape(weight, out_features, in_features)
             zeros = None if weight.symmetric else (packed_width(scales[0], weight.bits), scales[1])
-            buffer("weight", (out_features, packed_width(in_features, weight.bits)), torch.int32)
+            words = packed_width(in_features // weight.values_per_code, weight.code_bits)
+            books = weight.codebook
+            buffer("weight", (out_features, words), torch.int32)
             buffer("weight_shape", (2,), torch.int64)
             buffer("weight_scale", scales, torch.uint8 if weight.fp4 else dtype)
             buffer("weight_global_scale", (1,) if weight.grid == "nvfp4" else None, torch.float32)
             buffer("weight_zero_point", zeros, torch.int32)
+            entries = None if books is None else books.shape
+            buffer("weight_codebook", entries, torch.int8)
+            buffer("weight_kept", (out_features, weight.kept) if weight.kept else None, dtype)
+            buffer("weight_columns", (weight.kept,) if weight.kept else None, torch.int32)
         activation = scheme.activation
         static = activation is not None and activation.static
         asymmetric = activation is not None and not activation.symmetric
@@ -76,14 +81,7 @@ class QuantizedLinear(nn.Module):
         """The weight, [out, in]."""
         if self.scheme.weight is None:
             return self.weight
-        tensor = unpack_weight(
-            self.weight,
-            self.weight_scale,
-            self.weight_zero_point,
-            self.scheme.weight,
-            self.in_features,
-            self.weight_global_scale,
-        )
+        tensor = unpack_weight(self.get_buffer, self.scheme.weight, self.in_features)
         return tensor.dequantize(dtype)
 
     def extra_repr(self) -> str:
