@@ -56,10 +56,10 @@ def test_every_method_is_a_recipe_that_says_what_it_is(method: str) -> None:
         ("awq", ["awq", "output_error", "minmax", "nearest"], True),
         ("smoothquant+awq", ["smoothquant", "awq", "output_error", "minmax", "nearest"], True),
         ("awq + smoothquant", ["awq", "smoothquant", "output_error", "minmax", "nearest"], True),
-        ("gptq", ["minmax", "minmax", "gptq"], True),
-        ("qep", ["qep", "minmax", "minmax", "gptq"], True),
-        ("magr+qep", ["magr", "qep", "minmax", "minmax", "gptq"], True),
-        ("rotation", ["rotation", "minmax", "minmax", "gptq"], True),
+        ("gptq", ["output_error", "minmax", "gptq"], True),
+        ("qep", ["qep", "output_error", "minmax", "gptq"], True),
+        ("magr+qep", ["magr", "qep", "output_error", "minmax", "gptq"], True),
+        ("rotation", ["rotation", "output_error", "minmax", "gptq"], True),
         ("awq+gptq", ["awq", "output_error", "minmax", "gptq"], True),
         ("rtn+distil", ["minmax", "minmax", "nearest", "distil"], True),
         ("distil+awq", ["awq", "output_error", "minmax", "nearest", "distil"], True),
@@ -267,20 +267,23 @@ def test_held_against_a_network(
         make_plan(skeleton, Recipe.make("rtn", scheme, set=settings))
 
 
+SOLVED = ("rotation", "smoothquant", "wush", "qep")
+
+
 @pytest.mark.parametrize(
     ("scheme", "effort", "parts"),
     [
-        ("w4a16g128", "low", ["rotation", "smoothquant", "wush", "qep", "gptq"]),
+        ("w4a16g128", "low", [*SOLVED, "output_error", "gptq"]),
         ("w3a16", None, ["rotation", "smoothquant", "wush", "affine", "qep", "gptq", "distil"]),
-        ("w2a16g64", "low", ["rotation", "smoothquant", "wush", "qep", "gptq"]),
+        ("w2a16g64", "low", [*SOLVED, "output_error", "gptq"]),
         ("w2a8g64", "medium", ["rotation", "smoothquant", "wush", "signround", "distil"]),
         ("w4a4q4kv4", "medium", ["rotation", "smoothquant", "wush", "affine", "qep", "gptq"]),
-        ("w4a16kv4", "low", ["rotation", "smoothquant", "wush", "qep", "gptq"]),
-        ("w8a16", "high", ["qep", "gptq"]),
-        ("w8a8", None, ["smoothquant", "qep", "gptq"]),
-        ("wnf4a16g64", None, ["rotation", "smoothquant", "wush", "qep", "mse", "gptq"]),
-        ("wmxfp4a16", "low", ["rotation", "smoothquant", "wush", "qep", "mse", "gptq"]),
-        ("wnvfp4anvfp4", "high", ["rotation", "smoothquant", "wush", "qep", "mse", "gptq"]),
+        ("w4a16kv4", "low", [*SOLVED, "output_error", "gptq"]),
+        ("w8a16", "high", ["qep", "output_error", "gptq"]),
+        ("w8a8", None, ["smoothquant", "qep", "output_error", "gptq"]),
+        ("wnf4a16g64", None, [*SOLVED, "mse", "gptq"]),
+        ("wmxfp4a16", "low", [*SOLVED, "mse", "gptq"]),
+        ("wnvfp4anvfp4", "high", [*SOLVED, "mse", "gptq"]),
     ],
 )
 def test_auto_chooses_by_scheme_and_effort(
