@@ -274,9 +274,9 @@ SOLVED = ("rotation", "smoothquant", "wush", "qep")
     ("scheme", "effort", "parts"),
     [
         ("w4a16g128", "low", [*SOLVED, "output_error", "gptq"]),
-        ("w3a16", None, ["rotation", "smoothquant", "wush", "affine", "qep", "gptq", "distil"]),
+        ("w3a16", None, [*SOLVED[:3], "affine", "qep", "output_error", "gptq", "distil"]),
         ("w2a16g64", "low", [*SOLVED, "output_error", "gptq"]),
-        ("w2a8g64", "medium", ["rotation", "smoothquant", "wush", "signround", "distil"]),
+        ("w2a8g64", "medium", [*SOLVED[:3], "output_error", "signround", "distil"]),
         ("w4a4q4kv4", "medium", ["rotation", "smoothquant", "wush", "affine", "qep", "gptq"]),
         ("w4a16kv4", "low", [*SOLVED, "output_error", "gptq"]),
         ("w8a16", "high", ["qep", "output_error", "gptq"]),
