@@ -79,12 +79,15 @@ def pareto_table(allocation: Mapping[str, Any]) -> Table:
 
 
 def print_sensitivity(result: Any) -> None:
-    """The ranking of layers: KL by candidate."""
-    names = list(dict.fromkeys(name for group in result.groups for name in group["kl"]))
+    """The ranking of layers: KL by candidate, of each width the one with the largest groups."""
+    every = list(dict.fromkeys(name for group in result.groups for name in group["kl"]))
+    widest = {name.partition("g")[0]: name for name in reversed(every)}
+    names = list(reversed(widest.values()))
     rows = [
         [group["name"], *(_figure(group["kl"].get(name)) for name in names)]
         for group in result.groups
     ]
+    finer = len(every) - len(names)
     console = terminal.console()
     console.print(terminal.table(["layers", *names], rows))
     text = result.calibration
@@ -92,6 +95,7 @@ def print_sensitivity(result: Any) -> None:
         f"KL to the original in nats per token where these layers alone are rounded to nearest, by bits and group; "
         f"ranked by {result.ranked_by}, measured on {text['windows']} windows of {text['sequence_length']} tokens "
         f"({escape(text['source'])}) in {terminal.human_seconds(result.seconds)}"
+        f"{f'; {finer} candidates of finer groups are in --json' if finer else ''}"
     )
 
 
