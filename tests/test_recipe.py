@@ -273,14 +273,14 @@ SOLVED = ("rotation", "smoothquant", "wush", "qep")
 @pytest.mark.parametrize(
     ("scheme", "effort", "parts"),
     [
-        ("w4a16g128", "low", [*SOLVED, "output_error", "gptq"]),
-        ("w3a16", None, [*SOLVED[:3], "affine", "qep", "output_error", "gptq", "distil"]),
-        ("w2a16g64", "low", [*SOLVED, "output_error", "gptq"]),
-        ("w2a8g64", "medium", [*SOLVED[:3], "output_error", "signround", "distil"]),
+        ("w4a16g128", "low", [*SOLVED, "output_error", "quantease"]),
+        ("w3a16", None, [*SOLVED, "output_error", "quantease", "distil"]),
+        ("w2a16g64", "low", [*SOLVED, "output_error", "quantease"]),
+        ("w2a8g64", "medium", [*SOLVED, "output_error", "quantease", "distil"]),
         ("w4a4q4kv4", "medium", ["rotation", "smoothquant", "wush", "affine", "qep", "gptq"]),
-        ("w4a16kv4", "low", [*SOLVED, "output_error", "gptq"]),
-        ("w8a16", "high", ["qep", "output_error", "gptq"]),
-        ("w8a8", None, ["smoothquant", "qep", "output_error", "gptq"]),
+        ("w4a16kv4", "low", [*SOLVED, "output_error", "quantease"]),
+        ("w8a16", "high", ["qep", "output_error", "quantease"]),
+        ("w8a8", None, ["smoothquant", "qep", "output_error", "quantease"]),
         ("wnf4a16g64", None, [*SOLVED, "mse", "gptq"]),
         ("wmxfp4a16", "low", [*SOLVED, "mse", "gptq"]),
         ("wnvfp4anvfp4", "high", [*SOLVED, "mse", "gptq"]),
@@ -296,7 +296,7 @@ def test_auto_chooses_by_scheme_and_effort(
 
 def test_more_effort_is_more_steps() -> None:
     medium, high = (Recipe.make("auto", "w2a16g64", effort=e) for e in ("medium", "high"))
-    assert high.rounding.steps > medium.rounding.steps
+    assert high.distillation.epochs > medium.distillation.epochs
     assert high.distillation.written > medium.distillation.written
 
 

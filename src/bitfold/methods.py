@@ -94,7 +94,7 @@ def _kind(scheme: Scheme) -> str:
     if any(other.bits <= FEW_BITS for other in others):
         return "few_bit_activations"
     if weight is not None and weight.bits <= FEW_BITS:
-        return "two_bit_weights" if weight.bits <= 2 else "few_bit_weights"
+        return "few_bit_weights"
     return "many_bits" if others else "many_bit_weights"
 
 

@@ -9,6 +9,7 @@ from bitfold.rounding.gptaq import Gptaq
 from bitfold.rounding.gptq import Gptq
 from bitfold.rounding.nearest import Nearest
 from bitfold.rounding.qronos import Qronos
+from bitfold.rounding.quantease import Quantease
 from bitfold.rounding.rounding import Layer, Rounded, Rounding, Stores
 from bitfold.rounding.salient import Salient
 from bitfold.rounding.signround import Signround
@@ -23,6 +24,7 @@ __all__ = [
     "Layer",
     "Nearest",
     "Qronos",
+    "Quantease",
     "Rounded",
     "Rounding",
     "Salient",
@@ -36,6 +38,7 @@ ROUNDINGS: dict[str, type[Rounding | BlockRounding]] = {
     "gptq": Gptq,
     "gptaq": Gptaq,
     "qronos": Qronos,
+    "quantease": Quantease,
     "salient": Salient,
     "signround": Signround,
     "vq": Vq,

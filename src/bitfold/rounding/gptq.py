@@ -67,8 +67,18 @@ class Gptq(Rounding):
             found = spread_error(layer, scale_dtype, factor, self.block, cross)
             if self.keep_better:
                 found = _better_rows(layer.weight, found, nearest[name], gram, cross)
-            tensors[name] = found
+            tensors[name] = self.improved(found, layer, factor, scale_dtype)
         return Rounded(tensors, self.notes_on(factor, layers))
+
+    def improved(
+        self,
+        found: QuantizedTensor,
+        layer: Layer,
+        factor: "InverseFactor",
+        scale_dtype: torch.dtype,
+    ) -> QuantizedTensor:
+        """What is made of a layer's codes once all of them are there: nothing."""
+        return found
 
     def notes_on(self, factor: "InverseFactor", layers: Iterable[str]) -> list[str]:
         """What the user should know of the factor."""

@@ -1,0 +1,141 @@
+"""QuantEase (Behdin et al. 2023, arXiv 2309.01885): coordinate descent on the layer's error, begun at GPTQ's codes.
+
+The error of a row, δ H δᵀ with δ = w − ŵ and H = E[xxᵀ], is quadratic in each of its codes and in each of its scales.
+With r = δ H, kept up to date, both have their optimum in closed form while all else stays:
+
+    code      of column j: the nearest to ŵ_j + r_j / H_jj
+    scale     of group g, whose codes less the zero-point are u: s + (u · r_g) / (u H_gg uᵀ)
+
+GPTQ decides about a column once, not knowing what those after it will be; here each is decided again. The paper leaves
+scales as they are; refitting them too is an addition. It matters most where bits are few.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from bitfold.numerics import QuantizedTensor, dequantize, quantize
+from bitfold.numerics.quantize import storable_scale
+from bitfold.rounding.gptq import Gptq, InverseFactor
+from bitfold.rounding.rounding import Layer
+
+__all__ = ["Quantease", "refined"]
+
+# A scale moves by at most this factor in a turn: a group whose codes are nearly all zero says little about it.
+_FARTHEST = 2.0
+
+
+class Quantease(Gptq):
+    """rounds: turns over all scales and all codes; a row keeps a turn only if its error fell. The rest as in `Gptq`."""
+
+    rounds: int = Field(default=4, ge=0)
+
+    def improved(
+        self, found: QuantizedTensor, layer: Layer, factor: InverseFactor, scale_dtype: torch.dtype
+    ) -> QuantizedTensor:
+        """See `Gptq.improved`."""
+        back = torch.argsort(factor.order)
+        moment = factor.damped[back][:, back]
+        blocks = factor.order.split(self.block)
+        weight = layer.weight.to(moment.dtype)
+        return refined(found, weight, moment, blocks, scale_dtype, self.rounds)
+
+
+def refined(
+    tensor: QuantizedTensor,
+    weight: Tensor,
+    moment: Tensor,
+    blocks: tuple[Tensor, ...],
+    scale_dtype: torch.dtype,
+    rounds: int,
+) -> QuantizedTensor:
+    """Codes and scales of a weight [out, in] after so many turns, each row's error in H = `moment` [in, in] never more
+    than it was. blocks: the columns in the order in which they are decided, in parts."""
+    # One scale for all rows has no row's optimum, and those of fp4 grids are few: they stay.
+    free = len(tensor.scale) == len(weight) and not tensor.scheme.fp4
+    least = _errors(tensor, weight, moment)
+    for _ in range(rounds):
+        turn = _with_scales(tensor, weight, moment, scale_dtype) if free else tensor
+        turn = _with_codes(turn, weight, moment, blocks)
+        error = _errors(turn, weight, moment)
+        better = error < least
+        if not better.any():
+            break
+        tensor = replace(
+            tensor,
+            codes=torch.where(better, turn.codes, tensor.codes),
+            scale=torch.where(better, turn.scale, tensor.scale)
+            if len(tensor.scale) > 1
+            else tensor.scale,
+        )
+        least = torch.minimum(error, least)
+    return tensor
+
+
+def _errors(tensor: QuantizedTensor, weight: Tensor, moment: Tensor) -> Tensor:
+    """δ H δᵀ of each row, [out, 1]."""
+    difference = weight - tensor.dequantize(weight.dtype)
+    return ((difference @ moment) * difference).sum(dim=1, keepdim=True)
+
+
+def _with_scales(
+    tensor: QuantizedTensor, weight: Tensor, moment: Tensor, scale_dtype: torch.dtype
+) -> QuantizedTensor:
+    """Group by group the best scale, as it will be stored."""
+    values = tensor.dequantize(weight.dtype)
+    rest = (weight - values) @ moment
+    scales = tensor.scale.to(weight.dtype, copy=True)
+    for group, columns in _groups(tensor):
+        old = scales[:, group]
+        units = values[:, columns] / old[:, None]
+        curvature = ((units @ moment[columns, columns]) * units).sum(dim=1)
+        slope = (units * rest[:, columns]).sum(dim=1)
+        moved = old + slope / curvature.clamp(min=torch.finfo(curvature.dtype).tiny)
+        moved = torch.minimum(torch.maximum(moved, old / _FARTHEST), old * _FARTHEST)
+        moved = storable_scale(moved, scale_dtype)
+        rest -= (units * (moved - old)[:, None]) @ moment[columns]
+        scales[:, group] = moved
+    return replace(tensor, scale=scales.to(tensor.scale.dtype))
+
+
+def _with_codes(
+    tensor: QuantizedTensor, weight: Tensor, moment: Tensor, blocks: tuple[Tensor, ...]
+) -> QuantizedTensor:
+    """Column by column the best code."""
+    scheme, values = tensor.scheme, tensor.dequantize(weight.dtype)
+    rest = (weight - values) @ moment
+    codes = tensor.codes.clone()
+    steps, zeros, width = _steps(tensor, weight)
+    for columns in blocks:
+        mine, within = rest[:, columns], moment[columns][:, columns]
+        moved = torch.empty_like(mine)
+        for place, column in enumerate(columns.tolist()):
+            step = steps[:, column // width]
+            zero = None if zeros is None else zeros[:, column // width]
+            wanted = values[:, column] + mine[:, place] / within[place, place]
+            code = quantize(wanted, step, zero, scheme)
+            codes[:, column] = code
+            moved[:, place] = dequantize(code, step, zero, scheme) - values[:, column]
+            mine -= moved[:, place, None] * within[place]
+        rest -= moved @ moment[columns]
+    return replace(tensor, codes=codes)
+
+
+def _groups(tensor: QuantizedTensor) -> Iterator[tuple[int, slice]]:
+    """The groups of columns that share a scale in each row."""
+    width = tensor.shape[1] // tensor.scale.shape[1]
+    for group in range(tensor.scale.shape[1]):
+        yield group, slice(group * width, (group + 1) * width)
+
+
+def _steps(tensor: QuantizedTensor, weight: Tensor) -> tuple[Tensor, Tensor | None, int]:
+    """Scales and zero-points [out, groups] in the weight's dtype, and how many columns share one."""
+    rows = len(weight)
+    steps = tensor.scale.to(weight.dtype)
+    if tensor.global_scale is not None:
+        steps = steps / tensor.global_scale
+    zeros = None if tensor.zero is None else tensor.zero.to(weight.dtype).expand(rows, -1)
+    return steps.expand(rows, -1), zeros, weight.shape[1] // steps.shape[1]
