@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitfold.numerics import CodebookShape, QuantizedTensor, TensorScheme, to_groups
-from bitfold.rounding.codebook_size import best_shape, codebook_bits, integer_bits
+from bitfold.rounding.codebook_size import best_shape, codebook_bits
 
 W2G64 = TensorScheme(bits=2, symmetric=False, granularity="group", group_size=64)
 
@@ -43,8 +43,7 @@ def test_within_the_bits_of_the_integers(
         granularity="channel" if group is None else "group",
         group_size=group,
     )
-    budget = integer_bits((rows, columns), scheme, dtype)
-    assert budget == _integers((rows, columns), scheme, dtype)
+    budget = _integers((rows, columns), scheme, dtype)
     found = best_shape((rows, columns), budget, dtype, dim, books)
     if found is None:
         return
@@ -68,7 +67,7 @@ def test_within_the_bits_of_the_integers(
     ],
 )
 def test_by_hand(shape: tuple[int, int], expected: CodebookShape) -> None:
-    assert best_shape(shape, integer_bits(shape, W2G64, torch.bfloat16), torch.bfloat16) == expected
+    assert best_shape(shape, _integers(shape, W2G64, torch.bfloat16), torch.bfloat16) == expected
 
 
 def test_more_bits_buy_more() -> None:
@@ -76,7 +75,7 @@ def test_more_bits_buy_more() -> None:
     shape, half = (768, 768), torch.bfloat16
     for bits, entries in ((3, 64), (4, 256)):
         scheme = TensorScheme(bits=bits, granularity="group", group_size=128)
-        found = best_shape(shape, integer_bits(shape, scheme, half), half)
+        found = best_shape(shape, _integers(shape, scheme, half), half)
         assert found is not None
         assert (found.dim, found.entries) == (2, entries)
 
@@ -85,13 +84,13 @@ def test_without_room_for_scales_codes_are_shorter() -> None:
     """A scheme of one scale in all leaves nothing beside two bits a weight: 128 entries of four take 1.75."""
     scheme = TensorScheme(bits=2, granularity="tensor")
     shape, half = (256, 256), torch.bfloat16
-    budget = integer_bits(shape, scheme, half)
+    budget = _integers(shape, scheme, half)
     assert budget == 2 * 256 * 256 + 16
     assert best_shape(shape, budget, half) == CodebookShape(dim=4, entries=128, books=2)
 
 
 def test_an_option_is_obeyed_or_refused() -> None:
-    budget = integer_bits((128, 256), W2G64, torch.bfloat16)
+    budget = _integers((128, 256), W2G64, torch.bfloat16)
     assert best_shape((128, 256), budget, torch.bfloat16, 2) == CodebookShape(
         dim=2, entries=16, books=16
     )

@@ -1,5 +1,6 @@
 """Which layers choose together, what they may choose, and the true bits of a choice, from shapes alone."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -7,7 +8,7 @@ import torch
 
 from bitfold.errors import RecipeError
 from bitfold.models.family import Family
-from bitfold.numerics import TensorScheme, scale_dtype_of
+from bitfold.numerics import QuantizedTensor, TensorScheme
 
 __all__ = ["Candidate", "LayerGroup", "candidates", "layer_groups", "weight_bits"]
 
@@ -117,20 +118,12 @@ def layer_groups(
     return tuple(group for group in groups if group.layers)
 
 
-def weight_bits(shape: Sequence[int], scheme: TensorScheme | None, storage: torch.dtype) -> int:
-    """Bits that a weight [out, in] takes, scales (in the dtype of storage, or the grid's own) and zero-points counted:
-    what `QuantizedTensor.bits` will say; of None, those of the dtype of storage."""
-    outputs, inputs = shape
+def weight_bits(shape: tuple[int, ...], scheme: TensorScheme | None, storage: torch.dtype) -> int:
+    """Bits that a weight [out, in] takes, scales (in the dtype of storage, or the grid's own) and zero-points counted;
+    of None, those of the dtype of storage."""
     if scheme is None:
-        return outputs * inputs * storage.itemsize * 8
-    scales = {"tensor": 1, "channel": outputs}.get(scheme.granularity)
-    if scales is None:
-        assert scheme.group_size is not None
-        scales = outputs * (inputs // scheme.group_size)
-    zero_bits = 0 if scheme.symmetric else scheme.bits
-    scale_bits = scale_dtype_of(scheme, storage).itemsize * 8
-    global_bits = 32 if scheme.grid == "nvfp4" else 0
-    return outputs * inputs * scheme.bits + scales * (scale_bits + zero_bits) + global_bits
+        return math.prod(shape) * storage.itemsize * 8
+    return QuantizedTensor.empty(shape, scheme, storage, device="meta").bits
 
 
 def _leaves(names: Sequence[str]) -> str:

@@ -12,24 +12,13 @@ import math
 
 import torch
 
-from bitfold.numerics import CodebookShape, TensorScheme
+from bitfold.numerics import CodebookShape
 
-__all__ = ["best_shape", "codebook_bits", "integer_bits"]
+__all__ = ["best_shape", "codebook_bits"]
 
 # G_d of the best lattice known.
 _CELL = {1: 1 / 12, 2: 0.0801875, 3: 0.0785433, 4: 0.0766032, 6: 0.0742437, 8: 0.0716821}
 _CODE_BITS = range(2, 9)
-
-
-def integer_bits(shape: tuple[int, int], scheme: TensorScheme, scale_dtype: torch.dtype) -> int:
-    """Bits that a weight [out, in] takes in integers: codes, scales and zero-points."""
-    rows, columns = shape
-    groups = {"tensor": 1, "channel": rows}.get(scheme.granularity)
-    if groups is None:
-        assert scheme.group_size is not None
-        groups = rows * (columns // scheme.group_size)
-    zero_bits = 0 if scheme.symmetric else scheme.bits
-    return rows * columns * scheme.bits + groups * (scale_dtype.itemsize * 8 + zero_bits)
 
 
 def codebook_bits(shape: tuple[int, int], codebook: CodebookShape, scale_dtype: torch.dtype) -> int:

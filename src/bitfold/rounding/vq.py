@@ -20,7 +20,7 @@ from bitfold.errors import RecipeError
 from bitfold.numerics import CodebookShape, QuantizedTensor, TensorScheme
 from bitfold.numerics.quantize import storable_scale
 from bitfold.part import Need
-from bitfold.rounding.codebook_size import best_shape, integer_bits
+from bitfold.rounding.codebook_size import best_shape
 from bitfold.rounding.gptq import InverseFactor, inverse_factor
 from bitfold.rounding.kmeans import first_entries, kmeans
 from bitfold.rounding.rounding import Layer, Rounded, Rounding
@@ -62,7 +62,7 @@ class Vq(Rounding):
                 "write a scheme such as w2a16g64."
             )
         scheme = super().stored_as(name, scheme, shape, scale_dtype)
-        budget = integer_bits(shape, scheme, scale_dtype)
+        budget = QuantizedTensor.empty(shape, scheme, scale_dtype, device="meta").bits
         codebook = best_shape(shape, budget, scale_dtype, self.dim, self.books)
         if codebook is None:
             asked = {"vq.dim": self.dim, "vq.books": self.books}
