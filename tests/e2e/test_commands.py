@@ -57,7 +57,7 @@ def test_the_default_method_is_auto_and_effort_is_heard(run: Run, tmp_path: Path
     recipe = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
     assert recipe["method"] == "auto"
     assert [next(iter(part)) for part in recipe["transforms"]][-1] == "wush"
-    assert next(iter(recipe["rounding"])) == "gptq"
+    assert next(iter(recipe["rounding"])) == "quantease"
     assert recipe.get("distillation") is None
     outcome = run(f"quantize {DEMO_MODEL} -o {tmp_path}/other --effort hihg {few}")
     assert outcome.code != 0
