@@ -60,6 +60,21 @@ def test_every_method_is_a_recipe_that_says_what_it_is(method: str) -> None:
         ("qep", ["qep", "output_error", "minmax", "gptq"], True),
         ("magr+qep", ["magr", "qep", "output_error", "minmax", "gptq"], True),
         ("rotation", ["rotation", "output_error", "minmax", "gptq"], True),
+        (
+            "affine+gptaq",
+            ["smoothquant", "wush", "affine", "output_error", "minmax", "gptaq"],
+            True,
+        ),
+        (
+            "affine+signround",
+            ["smoothquant", "wush", "affine", "minmax", "minmax", "signround"],
+            True,
+        ),
+        (
+            "affine+qep+vq",
+            ["smoothquant", "wush", "affine", "qep", "minmax", "minmax", "vq"],
+            True,
+        ),
         ("awq+gptq", ["awq", "output_error", "minmax", "gptq"], True),
         ("rtn+distil", ["minmax", "minmax", "nearest", "distil"], True),
         ("distil+awq", ["awq", "output_error", "minmax", "nearest", "distil"], True),

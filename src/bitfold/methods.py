@@ -47,7 +47,8 @@ def method_text(name: str) -> str:
 
 def compose(names: object, scheme: Scheme, effort: str | None) -> dict[str, Any]:
     """The fields of methods joined by `+`: transforms, and corrections, follow one another; a later range or rounding
-    replaces. Those of `auto` are its choice for the scheme and the effort (`medium` if None).
+    replaces, with the corrections that a method of transforms put before its own: `affine+gptaq` is affine's transforms
+    and gptaq. Those of `auto` are its choice for the scheme and the effort (`medium` if None).
 
     Raises RecipeError for an unknown name, and for an effort that nothing asks for.
     """
@@ -65,15 +66,22 @@ def compose(names: object, scheme: Scheme, effort: str | None) -> dict[str, Any]
     if effort is not None and parts != [AUTO]:
         raise RecipeError(f"--effort says how hard auto tries: leave it out with {names}.")
     fields: dict[str, Any] = {slot: [] for slot in LISTS}
+    # Corrections of methods that are nothing else, and those that a method of transforms puts before its rounding.
+    asked: list[Any] = []
+    before_rounding: list[Any] = []
     for name in parts:
         content = read_yaml(method_text(name))
         if name == AUTO:
             content = _chosen(content["choices"], scheme, effort or DEFAULT_EFFORT)
         fields["transforms"] += content.get("transforms", [])
-        # Transforms add to each other; a correction that two methods have is made once.
-        had = fields["corrections"]
-        fields["corrections"] = had + [c for c in content.get("corrections", []) if c not in had]
+        if "rounding" in content:
+            before_rounding = []
+        found = before_rounding if content.get("transforms") else asked
+        found += content.get("corrections", [])
         fields |= {key: value for key, value in content.items() if key not in (*LISTS, *_ABOUT)}
+    # A correction that two methods have is made once.
+    every = [*asked, *before_rounding]
+    fields["corrections"] = [c for place, c in enumerate(every) if c not in every[:place]]
     return fields
 
 

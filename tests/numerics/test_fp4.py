@@ -19,7 +19,7 @@ from bitfold.numerics import (
     sharing_global_scale,
     to_groups,
 )
-from bitfold.numerics.fp4 import fp4_codes, fp4_values, global_scale, round_to_fp4, stored_scale
+from bitfold.numerics.fp4 import fp4_codes, fp4_values, global_scale, round_to_fp4, scale_parts
 from bitfold.numerics.straight_through import fake_quantize_trainable
 from reference import minifloats, nearest_minifloat
 
@@ -204,7 +204,7 @@ def test_a_global_scale_that_would_lose_something_is_not_shared() -> None:
 
 
 def test_other_grids_keep_the_storages_dtype() -> None:
-    stored, at = stored_scale(torch.ones(2, 1), TensorScheme(), torch.bfloat16)
+    stored, at = scale_parts(torch.ones(2, 1), TensorScheme(), torch.bfloat16)
     assert (stored.dtype, at) == (torch.bfloat16, None)
 
 

@@ -27,7 +27,7 @@ __all__ = [
     "global_scale",
     "round_to_fp4",
     "scale_dtype_of",
-    "stored_scale",
+    "scale_parts",
 ]
 
 FP4_LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -97,7 +97,7 @@ def global_scale(largest: Tensor) -> Tensor:
     return _power_below(most / largest.max().to(torch.float32).clamp(min=most / _LARGEST_GLOBAL))
 
 
-def stored_scale(
+def scale_parts(
     scale: Tensor, scheme: TensorScheme, storage: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
     """Scales as they are stored, in `scale_dtype_of`, and the global scale [1], float32, where the grid has one.

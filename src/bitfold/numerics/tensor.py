@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bitfold.numerics.codebook import entries_of
-from bitfold.numerics.fp4 import scale_dtype_of, stored_scale
+from bitfold.numerics.fp4 import scale_dtype_of, scale_parts
 from bitfold.numerics.quantize import (
     code_dtype,
     dequantize,
@@ -69,7 +69,7 @@ class QuantizedTensor:
         scale_dtype: torch.dtype,
     ) -> "QuantizedTensor":
         """Codes [out, in] with the scales and zero-points [..., 1] that `scale_and_zero(…, scale_dtype)` gave."""
-        stored, global_scale = stored_scale(scale.flatten(1), scheme, scale_dtype)
+        stored, global_scale = scale_parts(scale.flatten(1), scheme, scale_dtype)
         zero = None if zero is None else zero.flatten(1).to(torch.int8)
         return cls(codes, stored, zero, scheme, global_scale=global_scale)
 

@@ -1,7 +1,7 @@
 """One block: capture inputs ► fit transforms ► fold ► choose ranges ► round."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -92,13 +92,8 @@ def quantize_block(
         skeleton, index, plan, streams, folded, inputs, rewritten.clipping, report
     )
     heads = plan.attention[f"{prefix}.{skeleton.family.attention}"]
-    simulated = folded | {
-        f"{name}.weight": t.dequantize(plan.unpacked_in or dtype).to(dtype)
-        for name, t in tensors.items()
-    }
-    value_codebook = learned_values(skeleton, index, plan, simulated, streams, inputs)
     errors = _layer_errors(skeleton, index, folded, tensors, inputs, streams.probe_quantized)
-    return QuantizedBlock(
+    block = QuantizedBlock(
         tensors,
         plain,
         inputs,
@@ -108,8 +103,13 @@ def quantize_block(
         plan.unpacked_in,
         rewritten.fits,
         [*(note for fit in rewritten.fits for note in fit.get("notes", ())), *rounding_notes],
-        value_codebook,
     )
+    if heads.value is None or heads.value.codebook is None:
+        return block
+    learned = learned_values(
+        skeleton, index, plan, heads.value.codebook, block.weights(dtype), streams, inputs
+    )
+    return replace(block, value_codebook=learned)
 
 
 def run_quantized(

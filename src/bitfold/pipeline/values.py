@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bitfold.models.skeleton import Skeleton
-from bitfold.numerics import Scheme
+from bitfold.numerics import CodebookShape, Scheme
 from bitfold.pipeline.hooks import InputQuantizer, capturing_values, quantizing
 from bitfold.pipeline.plan import Plan
 from bitfold.pipeline.streams import Streams, batches
@@ -28,19 +28,17 @@ def learned_values(
     skeleton: Skeleton,
     index: int,
     plan: Plan,
+    shape: CodebookShape,
     weights: Mapping[str, Tensor],
     streams: Streams,
     inputs: Mapping[str, InputQuantizer],
-) -> Tensor | None:
+) -> Tensor:
     """The codebook [books, entries, dim] of the values of block `index`, as `quantize_values` takes it, in the dtype of
-    storage; None where their scheme has none.
+    storage.
 
     weights: of the quantized block. It learns from about `_TOKENS` tokens, evenly spaced over the quantized stream.
     """
     family = skeleton.family
-    scheme = plan.attention[f"{skeleton.block_name(index)}.{family.attention}"].value
-    if scheme is None or scheme.codebook is None:
-        return None
     stream = streams.quantized
     assert stream is not None
     every = max(1, stream.shape[0] * stream.shape[1] // _TOKENS)
@@ -56,7 +54,6 @@ def learned_values(
             capturing_values(block, family.attention, keep),
         ):
             skeleton.run(index, weights, part.to(skeleton.device))
-    shape = scheme.codebook
     points = torch.cat(kept).unflatten(1, (-1, shape.dim)).transpose(0, 1).contiguous()
     eye = torch.eye(shape.dim, dtype=points.dtype, device=points.device)
     first = first_entries(points, shape.books, shape.entries)

@@ -68,7 +68,7 @@ def print_demo(rows: list[dict[str, Any]]) -> None:
         sentence = " ".join(row["sentence"].split())
         console.print(f"  [dim]{row['method']} {row['scheme']}:[/] {sentence}")
     console.print("\n[bold]Try next[/]")
-    console.print("  bitfold quantize PATH/TO/MODEL -o OUT --method awq --scheme w4a16g128")
+    console.print("  bitfold quantize PATH/TO/MODEL -o OUT --scheme w4a16g128")
     console.print(f"  bitfold inspect {rows[-1]['out']}")
     console.print(f"  bitfold verify {rows[-1]['out']}")
     console.print("  bitfold recipes")

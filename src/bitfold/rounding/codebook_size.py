@@ -23,9 +23,8 @@ _CODE_BITS = range(2, 9)
 
 def codebook_bits(shape: tuple[int, int], codebook: CodebookShape, scale_dtype: torch.dtype) -> int:
     """Bits that a weight [out, in] takes with a scale for every row: codes, scales and entries."""
-    rows, columns = shape
-    codes = rows * (columns // codebook.dim) * codebook.code_bits
-    return codes + rows * scale_dtype.itemsize * 8 + codebook.numbers * 8
+    beside = _code_and_scale_bits(shape, codebook.dim, codebook.code_bits, scale_dtype)
+    return beside + codebook.numbers * 8
 
 
 def best_shape(
@@ -39,14 +38,14 @@ def best_shape(
 
     dim, books: where they are given.
     """
-    rows, columns = shape
+    columns = shape[1]
     sizes = []
     for width in _CELL if dim is None else (dim,):
         if columns % width or (columns // width) % (books or 1):
             continue
         for code_bits in _CODE_BITS:
-            codes = rows * (columns // width) * code_bits + rows * scale_dtype.itemsize * 8
-            room = (budget - codes) // (width * 8 * (books or 1))
+            taken = _code_and_scale_bits(shape, width, code_bits, scale_dtype)
+            room = (budget - taken) // (width * 8 * (books or 1))
             entries = min(1 << code_bits, room)
             if entries > 1 << (code_bits - 1):
                 sizes.append(CodebookShape(dim=width, entries=entries, books=books or 1))
@@ -60,6 +59,13 @@ def best_shape(
             break
         best = more
     return best
+
+
+def _code_and_scale_bits(
+    shape: tuple[int, int], dim: int, code_bits: int, scale_dtype: torch.dtype
+) -> int:
+    rows, columns = shape
+    return rows * (columns // dim) * code_bits + rows * scale_dtype.itemsize * 8
 
 
 def _expected_error(codebook: CodebookShape) -> float:

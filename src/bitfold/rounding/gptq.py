@@ -100,6 +100,12 @@ class InverseFactor:
     upper: Tensor
     damping: float
 
+    @property
+    def moment(self) -> Tensor:
+        """H, damped, its columns as they come [n, n]."""
+        place = torch.argsort(self.order)
+        return self.damped[place][:, place]
+
 
 def inverse_factor(
     gram: Tensor, damping: float, *, by_activation: bool, width: int = 1

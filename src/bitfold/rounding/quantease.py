@@ -37,11 +37,9 @@ class Quantease(Gptq):
         self, found: QuantizedTensor, layer: Layer, factor: InverseFactor, scale_dtype: torch.dtype
     ) -> QuantizedTensor:
         """See `Gptq.improved`."""
-        back = torch.argsort(factor.order)
-        moment = factor.damped[back][:, back]
         blocks = factor.order.split(self.block)
-        weight = layer.weight.to(moment.dtype)
-        return refined(found, weight, moment, blocks, scale_dtype, self.rounds)
+        weight = layer.weight.to(factor.damped.dtype)
+        return refined(found, weight, factor.moment, blocks, scale_dtype, self.rounds)
 
 
 def refined(
@@ -64,13 +62,9 @@ def refined(
         better = error < least
         if not better.any():
             break
-        tensor = replace(
-            tensor,
-            codes=torch.where(better, turn.codes, tensor.codes),
-            scale=torch.where(better, turn.scale, tensor.scale)
-            if len(tensor.scale) > 1
-            else tensor.scale,
-        )
+        codes = torch.where(better, turn.codes, tensor.codes)
+        scale = torch.where(better, turn.scale, tensor.scale) if free else tensor.scale
+        tensor = replace(tensor, codes=codes, scale=scale)
         least = torch.minimum(error, least)
     return tensor
 

@@ -34,8 +34,7 @@ class Tiled:
     @property
     def moment(self) -> Tensor:
         """H, damped [in, in]."""
-        place = torch.argsort(self.factor.order)
-        return self.factor.damped[place][:, place]
+        return self.factor.moment
 
     @property
     def points(self) -> Tensor:

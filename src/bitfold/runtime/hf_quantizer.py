@@ -58,8 +58,7 @@ class BitfoldHfQuantizer(HfQuantizer):
         for name, scheme in attention.items():
             set_head_quantizers(_module(model, name), HeadQuantizers.of(scheme))
             if scheme.value is not None and (book := scheme.value.codebook):
-                size = book.shape
-                empty = torch.zeros(size, dtype=model.dtype, device=model.device)
+                empty = torch.zeros(book.shape, dtype=model.dtype, device=model.device)
                 _module(model, name).register_buffer(VALUE_CODEBOOK, empty)
         for name, entry in native.read_online(settings).items():
             attach(*_behind(name, _module(model, name), entry))
