@@ -324,7 +324,7 @@ def test_more_effort_is_more_steps() -> None:
         ({"method": "qep+gptaq"}, "qep and gptaq both make up"),
         ({"method": "qep+qronos"}, "qep and qronos both make up"),
         ({"method": "qep", "set": ["stream=original"]}, "sees? the original's"),
-        ({"method": "magr+signround"}, "finds them by the block's output"),
+        ({"method": "magr+signround"}, "finds codes by the block's output"),
     ],
 )
 def test_what_makes_no_sense_is_refused_with_the_reason(

@@ -149,7 +149,7 @@ class Recipe(BaseModel):
     def _senseless(self) -> str | None:
         """Why parts that are right each by itself make no sense together."""
         late = [*self.corrections, self.rounding]
-        against = [type(part).__name__.lower() for part in late if "cross" in part.needs]
+        against = [_name(part) for part in late if "cross" in part.needs]
         if len(against) > 1:
             both = " and ".join(against)
             return f"{both} both make up for the errors of earlier layers, and would do so twice: choose one"
@@ -160,13 +160,13 @@ class Recipe(BaseModel):
             )
         if not (self.rounding.reads_limits or isinstance(self.weight_range, MinMax)):
             return (
-                f"{type(self.rounding).__name__.lower()} learns what values there are and reads no weight_range: "
+                f"{_name(self.rounding)} learns what values there are and reads no weight_range: "
                 "leave it at minmax, or name the rounding last"
             )
         if isinstance(self.rounding, BlockRounding) and self.corrections:
             return (
-                "a correction is followed by codes found layer by layer, and signround finds them by the block's "
-                "output, where it sees those errors itself: leave one of the two out"
+                f"signround finds codes by the block's output, and {_name(self.corrections[0])} moves weights for codes "
+                "found layer by layer: leave one of the two out"
             )
         return None
 
@@ -271,6 +271,10 @@ class Recipe(BaseModel):
 
 
 _FIELDS = {(name,) for name in Recipe.model_fields}
+
+
+def _name(part: Any) -> str:
+    return type(part).__name__.lower()
 
 
 def _of_file(file: Path) -> dict[str, Any]:
