@@ -165,8 +165,8 @@ class Recipe(BaseModel):
             )
         if isinstance(self.rounding, BlockRounding) and self.corrections:
             return (
-                f"signround finds codes by the block's output, and {_name(self.corrections[0])} moves weights for codes "
-                "found layer by layer: leave one of the two out"
+                f"signround finds codes by the block's output, and {_name(self.corrections[0])} moves weights for "
+                "codes found layer by layer: leave one of the two out"
             )
         return None
 

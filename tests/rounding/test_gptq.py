@@ -9,7 +9,7 @@ from bitfold.numerics import QuantizedTensor, TensorScheme, scale_and_zero, to_g
 from bitfold.numerics.quantize import NF4_LEVELS
 from bitfold.ranges import MinMax
 from bitfold.rounding import Gptq, Layer, Nearest
-from bitfold.rounding.gptq import inverse_factor, spread_error
+from bitfold.rounding.gptq import moment_root, rounded_in_order
 from reference import minifloats
 
 SCHEMES = [
@@ -88,8 +88,8 @@ def _textbook(layer: Layer, gram: np.ndarray, damping: float, order: list[int]) 
 @pytest.mark.parametrize("block", [5, 128])
 def test_the_textbook(scheme: TensorScheme, order: str, block: int) -> None:
     layer, gram = _layer(scheme)
-    factor = inverse_factor(gram, 0.01, by_activation=order == "activation")
-    found = spread_error(layer, torch.float64, factor, block)
+    factor = moment_root(gram, 0.01, by_activation=order == "activation")
+    found = rounded_in_order(layer, torch.float64, factor, block)
     columns = list(range(COLUMNS))
     if order == "activation":
         columns.sort(key=lambda j: -float(gram[j, j]))

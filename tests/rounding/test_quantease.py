@@ -11,7 +11,7 @@ from torch import Tensor
 from bitfold.numerics import QuantizedTensor, TensorScheme, to_groups
 from bitfold.ranges import MinMax
 from bitfold.rounding import Gptq, Layer, Nearest, Quantease, quantease
-from bitfold.rounding.gptq import inverse_factor
+from bitfold.rounding.gptq import moment_root
 from bitfold.rounding.quantease import _with_codes, _with_scales, refined
 from bitfold.statistics import InputStatistics
 
@@ -138,7 +138,7 @@ def test_no_rounds_are_gptq() -> None:
 def test_a_weight_of_zeros_stays_and_rows_do_not_depend_on_each_other() -> None:
     scheme = SCHEMES[0]
     layer, statistics = _problem(scheme)
-    factor = inverse_factor(statistics.gram, 0.01, by_activation=True)
+    factor = moment_root(statistics.gram, 0.01, by_activation=True)
 
     def found(weight: Tensor) -> QuantizedTensor:
         limits = MinMax().limits(to_groups(weight, scheme), scheme)
@@ -152,19 +152,29 @@ def test_a_weight_of_zeros_stays_and_rows_do_not_depend_on_each_other() -> None:
         torch.testing.assert_close(alone[0], every[row])
 
 
-def test_a_row_keeps_only_turns_that_make_it_better(monkeypatch: pytest.MonkeyPatch) -> None:
-    scheme = SCHEMES[0]
-    layer, statistics = _problem(scheme)
-    begun = Gptq().solve({"a": layer}, torch.float64, statistics).tensors["a"]
+def test_scales_as_they_are_stored_make_no_row_worse() -> None:
+    """Scales of eight bits of mantissa come to rest beside the best ones."""
+    layer, statistics = _problem(SCHEMES[0])
+    moment = _damped(statistics)
+    tensor = Gptq().solve({"a": layer}, torch.bfloat16, statistics).tensors["a"]
+    errors = [_errors(layer.weight, tensor, moment)]
+    for _ in range(10):
+        tensor = _with_scales(tensor, layer.weight, moment, torch.bfloat16)
+        errors.append(_errors(layer.weight, tensor, moment))
+        assert (errors[-1] <= errors[-2] * (1 + 1e-12)).all()
+    assert errors[-1].sum() < errors[0].sum()
+
+
+def test_it_stops_once_a_turn_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, statistics = _problem(SCHEMES[0])
+    turns = 0
     real = quantease._with_codes
 
-    def spoils_half(tensor: QuantizedTensor, *others: Any) -> QuantizedTensor:
-        turn = real(tensor, *others)
-        turn.codes[::2] = scheme.qmin
-        return turn
+    def counted(*arguments: Any) -> QuantizedTensor:
+        nonlocal turns
+        turns += 1
+        return real(*arguments)
 
-    monkeypatch.setattr(quantease, "_with_codes", spoils_half)
-    found = Quantease().solve({"a": layer}, torch.float64, statistics).tensors["a"]
-    assert torch.equal(found.codes[::2], begun.codes[::2])
-    assert torch.equal(found.scale[::2], begun.scale[::2])
-    assert not torch.equal(found.codes[1::2], begun.codes[1::2])
+    monkeypatch.setattr(quantease, "_with_codes", counted)
+    Quantease(rounds=1000).solve({"a": layer}, torch.bfloat16, statistics)
+    assert 1 < turns < 1000

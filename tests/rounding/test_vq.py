@@ -9,7 +9,7 @@ from bitfold.errors import RecipeError
 from bitfold.numerics import CodebookShape, QuantizedTensor, TensorScheme
 from bitfold.numerics.codebook import nearest_entries
 from bitfold.rounding import Layer, Vq
-from bitfold.rounding.gptq import inverse_factor
+from bitfold.rounding.gptq import moment_root
 from bitfold.rounding.kmeans import kmeans_objective
 from bitfold.rounding.tiles import Tiled
 from bitfold.rounding.vq import first_books
@@ -33,7 +33,7 @@ def _gram(size: int, seed: int = 0) -> Tensor:
 
 
 def _tiled(dim: int, gram: Tensor, seed: int = 0) -> Tiled:
-    factor = inverse_factor(gram, 0.01, by_activation=True, width=dim)
+    factor = moment_root(gram, 0.01, by_activation=True, width=dim)
     scale = _normal(ROWS, 1, seed=seed + 10).abs() * 0.1 + 0.02
     return Tiled(_normal(ROWS, COLUMNS, seed=seed + 11), scale, dim, factor)
 
@@ -139,7 +139,7 @@ def test_each_code_is_the_best_given_the_others(dim: int, books: int) -> None:
 def test_books_are_learned_in_the_metric_of_the_inverse(dim: int) -> None:
     """The metric of a tile is the inverse of its block of the inverse of what is left; units round to a half."""
     gram = _gram(COLUMNS)
-    factor = inverse_factor(gram, 0.01, by_activation=True, width=dim)
+    factor = moment_root(gram, 0.01, by_activation=True, width=dim)
     weight = _normal(ROWS, COLUMNS, seed=5)
     order, damped = factor.order.tolist(), _damped(gram).numpy()
     tiled = _tiled(dim, gram)
@@ -181,7 +181,7 @@ def test_no_row_is_worse_than_its_nearest_entries(seed: int, bits: int) -> None:
     assert tensor.codebook.abs().max() <= 127
     assert tensor.bits_per_weight <= bits + (16 + bits) / 64
     tiled = Tiled(
-        weight, tensor.scale.double(), codebook.dim, inverse_factor(gram, 0.01, by_activation=False)
+        weight, tensor.scale.double(), codebook.dim, moment_root(gram, 0.01, by_activation=False)
     )
     nearest = QuantizedTensor(
         tiled.nearest(tensor.codebook.double()),

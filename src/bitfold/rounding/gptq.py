@@ -1,11 +1,13 @@
-"""GPTQ (Frantar et al. 2022, arXiv 2210.17323): columns in order, each one's error spread over those that follow.
+"""GPTQ (Frantar et al. 2022, arXiv 2210.17323): columns in order, each making up for the errors of those before it.
 
-The layer's error is tr(Δ H Δᵀ) with Δ = W − Ŵ and H = E[xxᵀ]. With the Cholesky factor U of its inverse, H⁻¹ = UᵀU,
-upper triangular, and columns 1 … n in order:
+The layer's error is tr(Δ H Δᵀ) with Δ = W − Ŵ and H = E[xxᵀ]. With H = R Rᵀ, R upper triangular, it is ‖Δ R‖², whose
+column j has Δ_1 … Δ_j in it and no more. So columns 1 … n in order have the least-squares optimum given all before them
+in
 
-    e_j = (w_j − Q(w_j)) / U_jj        W_{:, j+1:} ← W_{:, j+1:} − e_j U_{j, j+1:}
+    ŵ_j = Q( w_j + Σ_{i<j} Δ_i R_ij / R_jj )
 
-which moves what is not rounded yet to the least-squares optimum given all that is.
+The paper spreads each error over what is not rounded yet, by the Cholesky factor U of H⁻¹ = UᵀU. That is the same, as
+U = R⁻¹ (Chee et al. 2023, arXiv 2307.13304, theorem 6), but takes an inverse, and writes all that follows at each step.
 """
 
 from collections.abc import Iterable, Mapping
@@ -23,7 +25,7 @@ from bitfold.rounding.nearest import Nearest
 from bitfold.rounding.rounding import Layer, Rounded, Rounding
 from bitfold.statistics import InputStatistics
 
-__all__ = ["Gptq", "InverseFactor", "groups_of_columns", "inverse_factor", "spread_error"]
+__all__ = ["Gptq", "MomentRoot", "groups_of_columns", "moment_root", "rounded_in_order"]
 
 # Each failed factorization multiplies the damping by this.
 _MORE_DAMPING = 10.0
@@ -32,7 +34,7 @@ _MORE_DAMPING = 10.0
 class Gptq(Rounding):
     """damping: share of H's mean diagonal that is added to its diagonal.
     order: of the columns, by falling H_jj (`activation`) or as they come (`none`). Groups keep their columns and limits
-    in either case. block: columns between two updates of all that follow.
+    in either case. block: columns of which one product gathers the errors of all before.
     keep_better: per row, nearest where that has the smaller error."""
 
     needs = frozenset[Need]({"gram"})
@@ -60,11 +62,11 @@ class Gptq(Rounding):
         cross: Tensor | None = None,
     ) -> Rounded:
         """The same, given H [in, in]; with E[(x₀ − x)xᵀ], the original model's x₀, errors of earlier layers count."""
-        factor = inverse_factor(gram, self.damping, by_activation=self.order == "activation")
+        factor = moment_root(gram, self.damping, by_activation=self.order == "activation")
         nearest = Nearest().solve(layers, scale_dtype).tensors
         tensors = {}
         for name, layer in layers.items():
-            found = spread_error(layer, scale_dtype, factor, self.block, cross)
+            found = rounded_in_order(layer, scale_dtype, factor, self.block, cross)
             if self.keep_better:
                 found = _better_rows(layer.weight, found, nearest[name], gram, cross)
             tensors[name] = self.improved(found, layer, factor, scale_dtype)
@@ -74,13 +76,13 @@ class Gptq(Rounding):
         self,
         found: QuantizedTensor,
         layer: Layer,
-        factor: "InverseFactor",
+        factor: "MomentRoot",
         scale_dtype: torch.dtype,
     ) -> QuantizedTensor:
         """What is made of a layer's codes once all of them are there: nothing."""
         return found
 
-    def notes_on(self, factor: "InverseFactor", layers: Iterable[str]) -> list[str]:
+    def notes_on(self, factor: "MomentRoot", layers: Iterable[str]) -> list[str]:
         """What the user should know of the factor."""
         if factor.damping == self.damping:
             return []
@@ -91,13 +93,13 @@ class Gptq(Rounding):
 
 
 @dataclass(frozen=True)
-class InverseFactor:
-    """order: the columns' [n]; damped: H in that order, with the damping that it took [n, n]; upper: U of its inverse
-    UᵀU."""
+class MomentRoot:
+    """order: the columns' [n]; damped: H in that order, with the damping that it took [n, n]; root: R upper triangular
+    with damped = R Rᵀ."""
 
     order: Tensor
     damped: Tensor
-    upper: Tensor
+    root: Tensor
     damping: float
 
     @property
@@ -107,10 +109,8 @@ class InverseFactor:
         return self.damped[place][:, place]
 
 
-def inverse_factor(
-    gram: Tensor, damping: float, *, by_activation: bool, width: int = 1
-) -> InverseFactor:
-    """The Cholesky factor of the damped inverse of a second moment [n, n].
+def moment_root(gram: Tensor, damping: float, *, by_activation: bool, width: int = 1) -> MomentRoot:
+    """The triangular root of a damped second moment [n, n].
 
     width: so many adjacent columns stay together in the order. A column that no input reaches has H_jj = 0; it counts
     as the mean does, so that it is rounded to nearest.
@@ -128,26 +128,19 @@ def inverse_factor(
     turned.diagonal().add_(torch.where(alive, 0.0, mean)[order])
     added = damping
     while True:
-        damped = turned + torch.eye(size, dtype=gram.dtype, device=gram.device) * (added * mean)
-        upper, failed = _factor_of_inverse(damped)
-        if not failed:
-            return InverseFactor(order, damped, upper, added)
+        damped = turned.clone()
+        damped.diagonal().add_(added * mean)
+        # With rows and columns backwards a lower triangular factor is an upper triangular one.
+        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not info.item() and torch.isfinite(lower).all():
+            return MomentRoot(order, damped, lower.flip(0, 1), added)
         added *= _MORE_DAMPING
 
 
-def _factor_of_inverse(matrix: Tensor) -> tuple[Tensor, bool]:
-    """U upper triangular with matrix⁻¹ = UᵀU, and whether it could not be found."""
-    lower, info = torch.linalg.cholesky_ex(matrix)
-    if info.item():
-        return lower, True
-    upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-    return upper, bool(info.item()) or not bool(torch.isfinite(upper).all())
-
-
-def spread_error(
+def rounded_in_order(
     layer: Layer,
     scale_dtype: torch.dtype,
-    factor: InverseFactor,
+    factor: MomentRoot,
     block: int,
     cross: Tensor | None = None,
     *,
@@ -158,35 +151,35 @@ def spread_error(
     cross: E[(x₀ − x)xᵀ] [in, in]; with it each step also makes up for what earlier layers did to the column (GPTAQ).
     settled: of the first so many columns the others know the error already.
     """
-    scheme = layer.scheme
+    scheme, order, root = layer.scheme, factor.order.tolist(), factor.root
     scales, zeros, width = groups_of_columns(layer, scale_dtype)
-    rows, columns = layer.weight.shape
-    rest = layer.weight[:, factor.order].to(factor.upper.dtype)
+    scales, zeros = scales.T.contiguous(), None if zeros is None else zeros.T.contiguous()
+    # One row for each column, so that what a step reads and writes lies together. What a column is rounded from at
+    # last; what it should have become, less what it did.
+    wanted = layer.weight.to(root.dtype).T[factor.order]
+    missing = torch.empty_like(wanted)
     drift = None if cross is None else _drift(cross, factor)
-    codes = torch.empty(rows, columns, dtype=code_dtype(scheme), device=rest.device)
-    for start in range(0, columns, block):
-        stop = min(start + block, columns)
-        current = rest[:, start:stop]
-        upper = factor.upper[start:stop, start:stop]
-        errors = torch.empty_like(current)
-        for j in range(stop - start):
-            original = int(factor.order[start + j])
-            group = original // width
-            column, step = current[:, j], scales[:, group]
-            zero_j = None if zeros is None else zeros[:, group]
-            code = quantize(column, step, zero_j, scheme)
-            codes[:, original] = code
-            errors[:, j] = (column - dequantize(code, step, zero_j, scheme)) / upper[j, j]
-            if start + j < settled:
-                errors[:, j] = 0
-            current[:, j + 1 :] -= errors[:, j, None] * upper[j, j + 1 :]
-            if drift is not None:
-                current[:, j + 1 :] += column[:, None] * drift[start + j, start + j + 1 : stop]
-        rest[:, stop:] -= errors @ factor.upper[start:stop, stop:]
+    codes = torch.empty(wanted.shape, dtype=code_dtype(scheme), device=wanted.device)
+    for start in range(0, len(order), block):
+        stop = min(start + block, len(order))
+        pulled = root[:start, start:stop].T @ missing[:start]
         if drift is not None:
-            rest[:, stop:] += current @ drift[start:stop, stop:]
+            wanted[start:stop] += drift[:start, start:stop].T @ wanted[:start]
+        for j in range(start, stop):
+            if drift is not None:
+                wanted[j] += drift[start:j, j] @ wanted[start:j]
+            aim = wanted[j].clone()
+            wanted[j] += (pulled[j - start] + root[start:j, j] @ missing[start:j]) / root[j, j]
+            group = order[j] // width
+            zero_j = None if zeros is None else zeros[group]
+            code = quantize(wanted[j], scales[group], zero_j, scheme)
+            codes[order[j]] = code
+            if j < settled:
+                missing[j] = 0
+            else:
+                missing[j] = aim - dequantize(code, scales[group], zero_j, scheme)
     scale, zero = scale_and_zero(*layer.limits, scheme, scale_dtype)
-    return QuantizedTensor.from_codes(codes, scale, zero, scheme, scale_dtype)
+    return QuantizedTensor.from_codes(codes.T.contiguous(), scale, zero, scheme, scale_dtype)
 
 
 def groups_of_columns(layer: Layer, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor | None, int]:
@@ -198,10 +191,13 @@ def groups_of_columns(layer: Layer, scale_dtype: torch.dtype) -> tuple[Tensor, T
     return scales, zeros, columns // scales.shape[1]
 
 
-def _drift(cross: Tensor, factor: InverseFactor) -> Tensor:
-    """P = ((C L) ⊙ M) Lᵀ with L = Uᵀ, H⁻¹ = L Lᵀ, and M strictly upper triangular; in the factor's order."""
+def _drift(cross: Tensor, factor: MomentRoot) -> Tensor:
+    """P = ((C L) ⊙ M) Lᵀ with L = R⁻ᵀ, H⁻¹ = L Lᵀ, and M strictly upper triangular; in the factor's order."""
     turned = cross[factor.order][:, factor.order]
-    return (turned @ factor.upper.T).triu(diagonal=1) @ factor.upper
+    solved = torch.linalg.solve_triangular(factor.root.T, turned, upper=False, left=False)
+    return torch.linalg.solve_triangular(
+        factor.root, solved.triu(diagonal=1), upper=True, left=False
+    )
 
 
 def _better_rows(
@@ -211,15 +207,13 @@ def _better_rows(
     gram: Tensor,
     cross: Tensor | None,
 ) -> QuantizedTensor:
-    """Per row the codes of smaller error δ H δᵀ + 2 w C δᵀ: ‖w x₀ − ŵ x‖² up to a constant. The scales are the same."""
-    pulled = None if cross is None else 2 * weight @ cross.to(weight.dtype)
+    """Per row the codes of smaller error δ H δᵀ + 2 w C δᵀ: ‖w x₀ − ŵ x‖² up to a constant. The scales are the same.
 
-    def error(tensor: QuantizedTensor) -> Tensor:
-        difference = weight - tensor.dequantize(weight.dtype)
-        product = difference @ gram.to(weight.dtype)
-        if pulled is not None:
-            product += pulled
-        return (product * difference).sum(dim=1, keepdim=True)
-
-    codes = torch.where(error(found) <= error(nearest), found.codes, nearest.codes)
-    return replace(found, codes=codes)
+    With a and b the two δ, a H aᵀ − b H bᵀ = (a + b) H (a − b)ᵀ: one product tells which is smaller.
+    """
+    first, second = (weight - tensor.dequantize(weight.dtype) for tensor in (found, nearest))
+    slope = (first + second) @ gram.to(weight.dtype)
+    if cross is not None:
+        slope += 2 * weight @ cross.to(weight.dtype)
+    excess = (slope * (first - second)).sum(dim=1, keepdim=True)
+    return replace(found, codes=torch.where(excess <= 0, found.codes, nearest.codes))

@@ -18,10 +18,10 @@ from bitfold.numerics import dequantize, quantize
 from bitfold.part import Need
 from bitfold.rounding.gptq import (
     Gptq,
-    InverseFactor,
+    MomentRoot,
     groups_of_columns,
-    inverse_factor,
-    spread_error,
+    moment_root,
+    rounded_in_order,
 )
 from bitfold.rounding.rounding import Layer, Rounded
 from bitfold.statistics import InputStatistics
@@ -43,16 +43,16 @@ class Qronos(Gptq):
         """See `Rounding.solve`."""
         assert statistics is not None
         gram, cross = statistics.gram, statistics.cross
-        factor = inverse_factor(gram, self.damping, by_activation=self.order == "activation")
+        factor = moment_root(gram, self.damping, by_activation=self.order == "activation")
         tensors = {}
         for name, layer in layers.items():
             fitted = _refitted(layer, scale_dtype, factor, gram, cross)
-            tensors[name] = spread_error(fitted, scale_dtype, factor, self.block, settled=1)
+            tensors[name] = rounded_in_order(fitted, scale_dtype, factor, self.block, settled=1)
         return Rounded(tensors, self.notes_on(factor, layers))
 
 
 def _refitted(
-    layer: Layer, scale_dtype: torch.dtype, factor: InverseFactor, gram: Tensor, cross: Tensor
+    layer: Layer, scale_dtype: torch.dtype, factor: MomentRoot, gram: Tensor, cross: Tensor
 ) -> Layer:
     """The layer with its first column (in the factor's order) as it is to be rounded, and the others refitted to it."""
     order = factor.order

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bitfold.numerics.codebook import ENTRY_LIMIT, book_of_tiles, entries_of, nearest_entries
-from bitfold.rounding.gptq import InverseFactor
+from bitfold.rounding.gptq import MomentRoot
 
 __all__ = ["Tiled"]
 
@@ -24,7 +24,7 @@ class Tiled:
     weight: Tensor
     scale: Tensor
     dim: int
-    factor: InverseFactor
+    factor: MomentRoot
 
     @property
     def tiles(self) -> int:
@@ -43,10 +43,9 @@ class Tiled:
 
     @property
     def whitening(self) -> Tensor:
-        """U_JJ⁻¹ of each tile [tiles, d, d]: ‖e U_JJ⁻¹‖² is what an error e costs if later tiles make up for it."""
-        cut = self.factor.upper.unflatten(0, (-1, self.dim)).unflatten(2, (-1, self.dim))
-        inverse = torch.linalg.inv(cut.diagonal(dim1=0, dim2=2).permute(2, 0, 1))
-        return inverse[torch.argsort(self._order)]
+        """R_JJ of each tile [tiles, d, d]: ‖e R_JJ‖² is what an error e costs if later tiles make up for it."""
+        cut = self.factor.root.unflatten(0, (-1, self.dim)).unflatten(2, (-1, self.dim))
+        return cut.diagonal(dim1=0, dim2=2).permute(2, 0, 1)[torch.argsort(self._order)]
 
     def values(self, codes: Tensor, books: Tensor) -> Tensor:
         """Ŵ [out, in]."""
@@ -61,19 +60,29 @@ class Tiled:
         """Codes of the nearest entries, whatever the inputs."""
         return nearest_entries(self.points, books).T.contiguous()
 
-    def spread(self, books: Tensor) -> Tensor:
-        """Codes found tile after tile in the factor's order, each one's error spread over the tiles that follow."""
-        upper, whitening = self.factor.upper, self.whitening
-        rest = self.weight[:, self.factor.order]
-        codes = rest.new_empty(rest.shape[0], self.tiles, dtype=torch.long)
+    def spread(self, books: Tensor, block: int = 128) -> Tensor:
+        """Codes found tile after tile in the factor's order, each making up for the errors of those before it.
+
+        block: columns of which one product gathers the errors of all before.
+        """
+        root, whitening, dim = self.factor.root, self.whitening, self.dim
+        weight = self.weight[:, self.factor.order]
+        missing = torch.empty_like(weight)
+        codes = weight.new_empty(weight.shape[0], self.tiles, dtype=torch.long)
         book = book_of_tiles(self.tiles, books.shape[0]).tolist()
-        for place, tile in enumerate(self._order.tolist()):
-            start, stop = place * self.dim, (place + 1) * self.dim
-            wanted, entries = rest[:, start:stop], books[book[tile]]
-            code = _nearest(wanted / self.scale @ whitening[tile], entries @ whitening[tile])
-            codes[:, tile] = code
-            error = (wanted - entries[code] * self.scale) @ whitening[tile]
-            rest[:, stop:] -= error @ upper[start:stop, stop:]
+        order = self._order.tolist()
+        tiles_of_a_block = max(1, block // dim)
+        for first in range(0, len(order), tiles_of_a_block):
+            begin, end = first * dim, min(first + tiles_of_a_block, len(order)) * dim
+            pulled = missing[:, :begin] @ root[:begin, begin:end]
+            for start in range(begin, end, dim):
+                stop, tile = start + dim, order[start // dim]
+                metric, entries = whitening[tile], books[book[tile]]
+                pull = pulled[:, start - begin : stop - begin]
+                pull = pull + missing[:, begin:start] @ root[begin:start, start:stop]
+                wanted = weight[:, start:stop] @ metric + pull
+                codes[:, tile] = code = _nearest(wanted / self.scale, entries @ metric)
+                missing[:, start:stop] = weight[:, start:stop] - entries[code] * self.scale
         return codes
 
     def best_codes(self, codes: Tensor, books: Tensor, moment: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from bitfold.numerics import CodebookShape, QuantizedTensor, TensorScheme
 from bitfold.numerics.quantize import storable_scale
 from bitfold.part import Need
 from bitfold.rounding.codebook_size import best_shape
-from bitfold.rounding.gptq import InverseFactor, inverse_factor
+from bitfold.rounding.gptq import MomentRoot, moment_root
 from bitfold.rounding.kmeans import first_entries, kmeans
 from bitfold.rounding.rounding import Layer, Rounded, Rounding
 from bitfold.rounding.tiles import Tiled
@@ -88,7 +88,7 @@ class Vq(Rounding):
         self, layers: Mapping[str, Layer], scale_dtype: torch.dtype, gram: Tensor
     ) -> Rounded:
         """The same, given H [in, in]."""
-        factors: dict[int, InverseFactor] = {}
+        factors: dict[int, MomentRoot] = {}
         tensors = {}
         for name, layer in layers.items():
             rows, columns = layer.weight.shape
@@ -96,7 +96,7 @@ class Vq(Rounding):
             assert scheme.codebook is not None
             dim = scheme.codebook.dim
             if dim not in factors:
-                factors[dim] = inverse_factor(gram, self.damping, by_activation=True, width=dim)
+                factors[dim] = moment_root(gram, self.damping, by_activation=True, width=dim)
             tensors[name] = self._solve_layer(layer.weight, scheme, scale_dtype, factors[dim], gram)
         return Rounded(tensors)
 
@@ -105,11 +105,11 @@ class Vq(Rounding):
         weight: Tensor,
         scheme: TensorScheme,
         scale_dtype: torch.dtype,
-        factor: InverseFactor,
+        factor: MomentRoot,
         gram: Tensor,
     ) -> QuantizedTensor:
         assert scheme.codebook is not None
-        weight = weight.to(factor.upper.dtype)
+        weight = weight.to(factor.root.dtype)
         tiled, books = first_books(weight, scheme.codebook, scale_dtype, factor, self.steps)
         codes, books = _refined(tiled, tiled.spread(books), books, self.rounds)
         if self.keep_better:
@@ -127,7 +127,7 @@ def first_books(
     weight: Tensor,
     shape: CodebookShape,
     scale_dtype: torch.dtype,
-    factor: InverseFactor,
+    factor: MomentRoot,
     steps: int,
 ) -> tuple[Tiled, Tensor]:
     """A weight [out, in] in tiles, scaled so that its codebooks [books, entries, dim], learned by k-means, hold whole
