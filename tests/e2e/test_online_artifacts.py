@@ -89,15 +89,15 @@ def test_the_commands_say_what_it_costs(
     # 4 matrices of 64²; a block has q 64², k and v 32 · 64, o 64², and three of 64 · 96.
     linear = BLOCKS * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 96)
     added = NORMS * WIDTH**2
-    sentence = f"Not folded: {NORMS} matrices run behind norms at inference, {added:,} multiply-adds a token more"
+    sentence = f"Not folded: {NORMS} maps run at inference, {added:,} operations a token more"
     assert sentence in shown.out
-    assert f"({added / linear:.1%} of the linear layers')" in shown.out
+    assert f"({added / linear:.1%} of the linear layers'" in shown.out
     assert "import bitfold" in shown.out
 
     again = run(f"quantize {line} --set affine.epochs=1 --json").json
     assert again["finished_before"]
     cost = again["online"]
-    assert cost["multiply_adds"] == added
+    assert cost["operations"] == added
     assert cost["linear_multiply_adds"] == linear
     assert cost["share"] == added / linear
     assert cost["bytes"] == 2 * added
@@ -132,7 +132,7 @@ def test_it_loads_and_gives_the_logits_of_the_simulation(online: Path) -> None:
     settings = _settings(online)
     assert settings["quant_method"] == "bitfold"
     [group] = settings["online"]
-    assert (group["kind"], group["blocks"], group["size"]) == ("block-diagonal", 1, WIDTH)
+    assert (group["kind"], group["shape"]) == ("blocks", [1, WIDTH])
     names = {f"{module}.online.weight" for module in group["modules"]}
     assert len(names) == NORMS
     stored = _tensors(online)
@@ -154,7 +154,7 @@ def test_every_kind_of_norm(family: str, checkpoint: Zoo, tokens: Path, tmp_path
     assert max(report["folding_errors"]) < 1e-5
     for fits in report["fits"]:
         assert fits[0]["best"] <= fits[0]["start"]
-    assert report["online"]["matrices"] == NORMS
+    assert report["online"]["maps"] == NORMS
     assert bitfold.verify(out).difference < 1e-6
 
 
@@ -308,9 +308,9 @@ def _set(key: str, value: object) -> Any:
         (lambda settings, tensors: settings.pop("online"), r"no place for .*online\.weight"),
         (lambda settings, tensors: tensors.pop(MATRIX), rf"no weights for {MATRIX}"),
         (lambda settings, tensors: tensors.update({MATRIX: torch.ones(2, 32, 32)}), "has shape"),
-        (_set("size", 32), "a matrix for 32 features behind .*another width"),
+        (_set("shape", [1, 32]), "a map for 32 features at .*another width"),
         (_set("modules", ["model.layers.9.input_layernorm"]), "has no such module"),
-        (_set("modules", ["model.layers.0.mlp"]), "behind model.layers.0.mlp"),
+        (_set("modules", ["model.layers.0.mlp"]), "at model.layers.0.mlp,"),
         (_set("kind", "hadamard"), "is damaged"),
     ],
 )

@@ -31,8 +31,8 @@ from transformers import AutoModelForCausalLM
 
 from bitfold.errors import CheckpointError, RecipeError
 from bitfold.export import choose_format, compressed_tensors, native
-from bitfold.export.layout import OnlineEntry, Refusal, WeightFormat
-from bitfold.numerics import CodebookShape, QuantizedTensor, Scheme, TensorScheme
+from bitfold.export.layout import Refusal, WeightFormat
+from bitfold.numerics import CodebookShape, MapShape, QuantizedTensor, Scheme, TensorScheme
 from models_zoo import Zoo
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
@@ -201,9 +201,9 @@ def test_refuses_what_cannot_run(case: str) -> None:
 
 
 ONLINE = {
-    "model.layers.0.input_layernorm": OnlineEntry(1, 64),
-    "model.layers.1.input_layernorm": OnlineEntry(4, 16),
-    "model.layers.2.input_layernorm": OnlineEntry(1, 64),
+    "model.layers.0.input_layernorm": MapShape("blocks", (1, 64)),
+    "model.layers.1.mlp.down_proj": MapShape("hadamard", (1, 96, 1)),
+    "model.layers.2.input_layernorm": MapShape("blocks", (1, 64)),
 }
 
 
@@ -211,7 +211,7 @@ def test_what_runs_is_for_this_format_and_goes_with_packed_weights() -> None:
     layout = replace(tiny_layout(everywhere(scheme("w4a16"))), online=ONLINE)
     format, _, notes = choose_format(layout)
     assert format is native
-    assert "behind a norm (model.layers.0.input_layernorm)" in notes[0]
+    assert "no maps that run (model.layers.0.input_layernorm)" in notes[0]
     unpacked = replace(tiny_layout(everywhere(scheme("w16a4"))), online=ONLINE)
     with pytest.raises(RecipeError, match="would drop them unseen"):
         choose_format(unpacked)
@@ -234,9 +234,9 @@ def test_what_runs_comes_back() -> None:
         None,
         3,
         [{}],
-        [{"kind": "block-diagonal", "blocks": 0, "size": 64, "modules": []}],
-        [{"kind": "block-diagonal", "blocks": "1", "size": 64, "modules": []}],
-        [{"kind": "hadamard", "blocks": 1, "size": 64, "modules": []}],
+        [{"kind": "blocks", "shape": [0, 64], "modules": []}],
+        [{"kind": "blocks", "shape": ["one", 64], "modules": []}],
+        [{"kind": "hadamard", "shape": [1, 64], "modules": []}],
     ],
 )
 def test_what_runs_and_is_damaged(damaged: object) -> None:

@@ -13,7 +13,7 @@ from bitfold.errors import EquivalenceError
 from bitfold.models.checkpoint import Checkpoint
 from bitfold.models.family import FcPair, NormSite, Site
 from bitfold.models.skeleton import Skeleton
-from bitfold.numerics import Scheme
+from bitfold.numerics import MapShape, Scheme
 from bitfold.part import Need
 from bitfold.pipeline.block import QuantizedBlock, quantize_block, run_quantized
 from bitfold.pipeline.plan import Plan, make_plan
@@ -281,8 +281,8 @@ class Mixed(SiteTransform):
         )
         return OnlineMatrix(site, blocks, torch.linalg.inv(blocks))
 
-    def online_size(self, site: NormSite, width: int) -> int:
-        return width // 2
+    def online_map(self, site: Site, width: int, heads: object) -> MapShape | None:
+        return MapShape("blocks", (2, width // 2)) if isinstance(site, NormSite) else None
 
 
 @pytest.mark.parametrize("dtype", [FLOAT64, torch.float32, torch.bfloat16, torch.float16])

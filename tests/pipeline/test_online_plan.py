@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitfold.export.layout import OnlineEntry
+from bitfold.errors import RecipeError
 from bitfold.models.checkpoint import Checkpoint
 from bitfold.models.family import NormSite, Site
 from bitfold.models.skeleton import Skeleton
-from bitfold.numerics import Scheme
-from bitfold.pipeline.online import online_cost, online_entries, with_identities
+from bitfold.numerics import MapShape, Scheme
+from bitfold.pipeline.online import online_cost, online_maps, stored_maps, with_identities
 from bitfold.recipe import Recipe
 from bitfold.transforms import SiteTransform, Transform
 from models_zoo import Zoo
@@ -28,8 +28,16 @@ class Blocks(SiteTransform):
     ) -> Transform | None:
         return None
 
-    def online_size(self, site: NormSite, width: int) -> int | None:
-        return self.size if site.norm == self.norm else None
+    kind: str = "blocks"
+
+    def online_map(self, site: Site, width: int, heads: object) -> MapShape | None:
+        if not isinstance(site, NormSite) or site.norm != self.norm:
+            return None
+        return MapShape(self.kind, (width // self.size, self.size))
+
+
+def _blocks(count: int, size: int) -> MapShape:
+    return MapShape("blocks", (count, size))
 
 
 def _skeleton(checkpoint: Zoo) -> Skeleton:
@@ -44,18 +52,18 @@ def _recipe(*parts: Blocks) -> Recipe:
     ("parts", "expected"),
     [
         ((), {}),
-        ((Blocks(norm=FIRST, size=64),), {FIRST: OnlineEntry(1, 64)}),
+        ((Blocks(norm=FIRST, size=64),), {FIRST: _blocks(1, 64)}),
         (
             (Blocks(norm=FIRST, size=16), Blocks(norm=SECOND, size=8)),
-            {FIRST: OnlineEntry(4, 16), SECOND: OnlineEntry(8, 8)},
+            {FIRST: _blocks(4, 16), SECOND: _blocks(8, 8)},
         ),
-        ((Blocks(norm=FIRST, size=16), Blocks(norm=FIRST, size=32)), {FIRST: OnlineEntry(2, 32)}),
+        ((Blocks(norm=FIRST, size=16), Blocks(norm=FIRST, size=32)), {FIRST: _blocks(2, 32)}),
     ],
 )
 def test_the_plan_of_every_block(
-    parts: tuple[Blocks, ...], expected: dict[str, OnlineEntry], checkpoint: Zoo
+    parts: tuple[Blocks, ...], expected: dict[str, MapShape], checkpoint: Zoo
 ) -> None:
-    found = online_entries(_skeleton(checkpoint), _recipe(*parts))
+    found = online_maps(_skeleton(checkpoint), _recipe(*parts))
     assert found == {
         f"model.layers.{index}.{norm}": entry
         for norm, entry in expected.items()
@@ -66,26 +74,58 @@ def test_the_plan_of_every_block(
 def test_the_cost(checkpoint: Zoo) -> None:
     skeleton = _skeleton(checkpoint)
     assert online_cost(skeleton, {}, torch.bfloat16) is None
-    entries = {"a": OnlineEntry(4, 16), "b": OnlineEntry(1, 64)}
+    entries = {"a": _blocks(4, 16), "b": _blocks(1, 64)}
     cost = online_cost(skeleton, entries, torch.bfloat16)
     assert cost is not None
     # Two blocks: q and o 64², k and v 32 · 64, three of 64 · 96.
     linear = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 96)
-    assert (cost.multiply_adds, cost.linear_multiply_adds) == (4 * 16**2 + 64**2, linear)
-    assert cost.bytes == 2 * cost.multiply_adds
-    assert cost.sentence.startswith("Not folded: 2 matrices")
+    assert (cost.operations, cost.linear_multiply_adds) == (4 * 16**2 + 64**2, linear)
+    assert cost.bytes == 2 * cost.operations
+    assert cost.sentence.startswith("Not folded: 2 maps")
+
+
+def test_hadamard_and_kronecker_matrices_cost_less(checkpoint: Zoo) -> None:
+    """On queries and keys one stands on every head."""
+    skeleton = _skeleton(checkpoint)
+    maps = {
+        "model.layers.0.mlp.down_proj": MapShape("hadamard", (1, 96, 1)),
+        "model.layers.0.self_attn": MapShape("hadamard", (1, 16, 1)),
+        "model.layers.0.input_layernorm": MapShape("kronecker", (8, 8)),
+    }
+    cost = online_cost(skeleton, maps, torch.bfloat16)
+    assert cost is not None
+    assert cost.operations == 96 * 7 + (4 + 2) * 16 * 4 + 64 * (8 + 8)
+    assert cost.bytes == 2 * (96 + 16 + 64 + 64)
+    assert stored_maps(maps)[2:] == [
+        "model.layers.0.input_layernorm.online.left",
+        "model.layers.0.input_layernorm.online.right",
+    ]
+
+
+def test_two_maps_that_are_no_matrices_of_one_kind_are_refused(checkpoint: Zoo) -> None:
+    parts = (Blocks(norm=FIRST, size=8), Blocks(norm=FIRST, size=8, kind="kronecker"))
+    with pytest.raises(RecipeError, match=r"leaves two maps at input_layernorm"):
+        online_maps(_skeleton(checkpoint), _recipe(*parts))
 
 
 def test_what_was_not_found_is_the_identity() -> None:
     found = torch.randn(4, 2, 2)
-    weights: dict[str, Tensor] = {"w": torch.ones(3), "same": found, "smaller": found}
-    entries = {
-        "same": OnlineEntry(4, 2),
-        "smaller": OnlineEntry(2, 4),
-        "missing": OnlineEntry(2, 4),
+    weights: dict[str, Tensor] = {
+        "w": torch.ones(3),
+        "same.online.weight": found,
+        "smaller.online.weight": found,
     }
-    planned = with_identities(weights, entries)
+    maps = {
+        "same": _blocks(4, 2),
+        "smaller": _blocks(2, 4),
+        "missing": _blocks(2, 4),
+        "product": MapShape("kronecker", (2, 4)),
+    }
+    planned = with_identities(weights, maps)
     assert torch.equal(planned["w"], weights["w"])
-    assert torch.equal(planned["same"], found)
-    assert torch.equal(torch.block_diag(*planned["smaller"]), torch.block_diag(*found))
-    assert torch.equal(planned["missing"], torch.eye(4).repeat(2, 1, 1))
+    assert torch.equal(planned["same.online.weight"], found)
+    smaller, missing = (planned[f"{name}.online.weight"] for name in ("smaller", "missing"))
+    assert torch.equal(torch.block_diag(*smaller), torch.block_diag(*found))
+    assert torch.equal(missing, torch.eye(4).repeat(2, 1, 1))
+    assert torch.equal(planned["product.online.left"], torch.eye(2))
+    assert torch.equal(planned["product.online.right"], torch.eye(4))

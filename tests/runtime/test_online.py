@@ -8,7 +8,8 @@ from torch import Tensor
 
 from bitfold.models.checkpoint import Checkpoint
 from bitfold.models.skeleton import Skeleton
-from bitfold.runtime.online import BlockDiagonal, attach, running_online
+from bitfold.numerics import MapShape, apply_map
+from bitfold.runtime.online import OnlineMap, attach, running_online
 from models_zoo import Zoo
 
 FAMILIES = {
@@ -20,7 +21,7 @@ FAMILIES = {
 
 def _attached(blocks: Tensor) -> torch.nn.Module:
     norm = torch.nn.LayerNorm(8)
-    attach(norm, BlockDiagonal(*blocks.shape[:2]))
+    attach(norm, OnlineMap(MapShape("blocks", tuple(blocks.shape[:2]))))
     norm.get_parameter("online.weight").data = blocks
     return norm
 
@@ -36,11 +37,23 @@ def test_a_module_hands_its_output_through(count: int) -> None:
         assert torch.allclose(plain(x), expected, atol=1e-6)
 
 
-def test_at_first_it_is_the_identity() -> None:
-    norm, x = torch.nn.LayerNorm(8), torch.randn(3, 8)
-    before = norm(x)
-    attach(norm, BlockDiagonal(2, 4))
-    assert torch.equal(norm(x), before)
+def test_a_linear_layer_is_given_what_the_map_makes_of_its_input() -> None:
+    """Before what looks at the input is: hooks that were there already see the map's result."""
+    signs = torch.randint(0, 2, (1, 8, 1)) * 2.0 - 1
+    x, seen = torch.randn(3, 8), []
+    expected_input = apply_map(x, {"signs": signs})
+    plain, loaded = torch.nn.Linear(8, 4), torch.nn.Linear(8, 4)
+    loaded.load_state_dict(plain.state_dict())
+    for linear in (plain, loaded):
+        linear.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    attach(loaded, OnlineMap(MapShape("hadamard", (1, 8, 1))))
+    loaded.get_parameter("online.signs").data = signs
+    expected = plain(expected_input)
+    with running_online(torch.nn.ModuleDict({"l": plain}), {"l.online.signs": signs}):
+        assert torch.equal(plain(x), expected)
+    assert torch.equal(loaded(x), expected)
+    assert all(torch.equal(one, expected_input) for one in seen[1:])
+    assert len(seen) == 3
 
 
 def test_a_copy_runs_its_own() -> None:

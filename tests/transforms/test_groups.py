@@ -20,7 +20,9 @@ from bitfold.models.family import (
     ValueOutput,
     head_counts,
 )
-from bitfold.runtime.online import BlockDiagonal, attach
+from bitfold.numerics import MapShape, hadamard_size
+from bitfold.runtime.attention import ATTENTION
+from bitfold.runtime.online import OnlineMap, attach
 from bitfold.transforms.groups import (
     Diagonal,
     HeadMatrix,
@@ -31,7 +33,9 @@ from bitfold.transforms.groups import (
     Permutation,
     RotaryScale,
     Transform,
+    fold,
 )
+from bitfold.transforms.online import OnlineHadamard, OnlineKronecker
 from models_zoo import TOKENS, in_float64, random_model
 
 SAME, DIFFERENT = 1e-10, 1e-3
@@ -81,11 +85,19 @@ class _Case:
                 return None
             assert transform.defect() < 1e-9
             for name, value in transform.fold(weights, self.heads, storage).items():
-                owner, online, _ = name.partition(f".{ONLINE}.")
+                owner, online, part = name.partition(f".{ONLINE}.")
                 if online and not hasattr(block.get_submodule(owner), ONLINE):
-                    attach(block.get_submodule(owner), BlockDiagonal(*value.shape[:2]))
+                    attach(block.get_submodule(owner), OnlineMap(_shape(transform, part, value)))
                 block.get_parameter(name).data = value
         return float((self.logits() - self.before).norm() / self.before.norm())
+
+
+def _shape(transform: Transform, part: str, value: Tensor) -> MapShape:
+    if isinstance(transform, OnlineKronecker):
+        return MapShape("kronecker", (len(transform.left), len(transform.right)))
+    if part == "signs":
+        return MapShape("hadamard", tuple(value.shape))
+    return MapShape("blocks", tuple(value.shape[:2]))
 
 
 @pytest.fixture(params=FAMILIES)
@@ -197,6 +209,66 @@ def test_storage_rounding_of_what_runs_costs_no_equivalence(storage: torch.dtype
         block = case.model.get_submodule(case.family.blocks)[0]
         stored = block.get_parameter(site.online)
         assert torch.equal(stored, stored.to(storage).double())
+
+
+def _signs(*shape: int) -> Tensor:
+    return torch.randint(0, 2, shape, dtype=torch.float64) * 2 - 1
+
+
+def test_a_hadamard_matrix_runs_before_any_reader(case: _Case) -> None:
+    """In copies, and on what lies between: across heads."""
+    for kind in (NormSite, ValueOutput, UpDown, FcPair):
+        site = case.site(kind)
+        if site is None:
+            continue
+
+        def make(weights: dict[str, Tensor], site: Site = site) -> Transform:
+            width = weights[f"{site.readers[0]}.weight"].shape[1]
+            inner = case.heads.size if isinstance(site, ValueOutput) else 1
+            size = hadamard_size(width // inner // 2)
+            return OnlineHadamard(site, _signs(width // inner // size, size, inner))
+
+        assert case.change(make) < SAME
+
+
+def test_queries_and_keys_meet_behind_the_same_hadamard_matrix(case: _Case) -> None:
+    case.model.set_attn_implementation(ATTENTION)
+    site = case.site(QueryKey)
+    assert case.change(lambda weights: OnlineHadamard(site, _signs(1, case.heads.size, 1))) < SAME
+
+
+def test_a_kronecker_product_runs_before_any_reader(case: _Case) -> None:
+    for kind in (NormSite, ValueOutput, UpDown, FcPair):
+        site = case.site(kind)
+        if site is None:
+            continue
+
+        def make(weights: dict[str, Tensor], site: Site = site) -> Transform:
+            width = weights[f"{site.readers[0]}.weight"].shape[1]
+            left, right = (_matrices(1, size)[0][0] for size in (8, width // 8))
+            return OnlineKronecker(site, left, right)
+
+        assert case.change(make) < SAME
+
+
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float16])
+def test_storage_rounding_of_a_kronecker_product_costs_no_equivalence(storage: torch.dtype) -> None:
+    case = _Case("llama")
+    site = case.site(UpDown)
+    made = OnlineKronecker(site, *(_matrices(1, size)[0][0] for size in (8, 12)))
+    assert case.change(lambda weights: made, storage) < SAME
+
+
+def test_nothing_is_folded_before_what_runs() -> None:
+    """It would be read behind the map: x' = x M and the readers' weights are in that basis."""
+    case = _Case("llama")
+    site = case.site(UpDown)
+    weights = {
+        "mlp.down_proj.online.signs": _signs(1, 96, 1),
+        "mlp.down_proj.weight": torch.ones(64, 96),
+    }
+    with pytest.raises(EquivalenceError, match="a map runs already"):
+        fold(weights, Diagonal(site, torch.ones(96)), case.heads)
 
 
 # --- heads and MLP ---

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bitfold.models.family import NormSite
+from bitfold.numerics import MapShape
 from bitfold.part import Need
 from bitfold.statistics import InputStatistics
 from bitfold.transforms.groups import Heads, OnlineMatrix
@@ -49,5 +50,6 @@ def test_both_moments_become_the_same(width: int) -> None:
 def test_nothing_runs_unless_it_is_asked_for() -> None:
     statistics = InputStatistics(NEEDS, 0)
     assert Wush().fit(SITE, {}, statistics, {}, Heads(1, 1, 8)) is None
-    assert Wush().online_size(SITE, 8) is None
-    assert Wush(norms="online").online_size(SITE, 8) == 8
+    heads = Heads(1, 1, 8)
+    assert Wush().online_map(SITE, 8, heads) is None
+    assert Wush(norms="online").online_map(SITE, 8, heads) == MapShape("blocks", (1, 8))

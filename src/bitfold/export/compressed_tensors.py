@@ -45,7 +45,7 @@ FP4 = {
 def choose(layout: Layout) -> Choice | Refusal:
     """How to say the layout so that transformers gives the logits of the simulation, or why not."""
     if layout.online:
-        return Refusal(f"it has no matrices that run behind a norm ({next(iter(layout.online))})")
+        return Refusal(f"it has no maps that run ({next(iter(layout.online))})")
     for name, entry in layout.linears.items():
         if reason := _unsayable_linear(entry.scheme):
             return Refusal(f"{reason} ({name})")

@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from bitfold.errors import RecipeError
-from bitfold.numerics import Scheme, TensorScheme
+from bitfold.numerics import MapShape, Scheme, TensorScheme
 
 __all__ = [
     "AttentionEntry",
     "Choice",
     "LayerEntry",
     "Layout",
-    "OnlineEntry",
     "Refusal",
     "WeightFormat",
     "input_scale_name",
@@ -53,14 +52,6 @@ class AttentionEntry:
 
 
 @dataclass(frozen=True)
-class OnlineEntry:
-    """A linear layer of block-diagonal weight that runs behind a module: the blocks are [count, size, size]."""
-
-    count: int
-    size: int
-
-
-@dataclass(frozen=True)
 class Layout:
     """A whole model, by module name.
 
@@ -69,7 +60,8 @@ class Layout:
     unquantized:      every other `nn.Linear`, lm_head included.
     flattened_inputs: ends of the names of layers that are given [batch·tokens, features] instead of
                       [batch, tokens, features] (OPT: fc1, fc2).
-    online:           modules behind which a matrix runs, that nothing absorbs.
+    online:           modules at which a map runs that nothing absorbs: behind a norm, before a linear layer, or on an
+                      attention's queries and keys.
     storage:          dtype of the checkpoint's floating tensors, in which loaders run the model if not told otherwise.
     """
 
@@ -77,7 +69,7 @@ class Layout:
     attention: Mapping[str, AttentionEntry] = field(default_factory=dict)
     unquantized: Collection[str] = ()
     flattened_inputs: Collection[str] = ()
-    online: Mapping[str, OnlineEntry] = field(default_factory=dict)
+    online: Mapping[str, MapShape] = field(default_factory=dict)
     storage: torch.dtype = torch.float32
 
 

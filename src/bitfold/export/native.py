@@ -1,11 +1,11 @@
-"""bitfold's own format, for what compressed-tensors cannot say: nf4, codebooks, keys unlike values, matrices that run,
+"""bitfold's own format, for what compressed-tensors cannot say: nf4, codebooks, keys unlike values, maps that run,
 fp4 beside other dtypes than bfloat16.
 
 Loaded by `bitfold.runtime.hf_quantizer`. Each weight is packed into int32 words under the name
 `weight`, so that a transformers that does not know the format stops at a shape it did not expect;
 it would otherwise warn, make up the weights that it misses, and go on. `attn_implementation` in
-config.json stops it even before. A matrix that runs behind a module NAME is NAME.online.weight, which
-it would drop: so there must be packed weights wherever there are such matrices.
+config.json stops it even before. The tensors of a map that runs at a module NAME are NAME.online.…, which
+it would drop: so there must be packed weights wherever there are such maps.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -16,8 +16,16 @@ import torch
 from torch import Tensor
 
 from bitfold.errors import CheckpointError
-from bitfold.export.layout import Choice, Layout, OnlineEntry, Refusal, WeightFormat
-from bitfold.numerics import QuantizedTensor, Scheme, TensorScheme, pack, scale_dtype_of, unpack
+from bitfold.export.layout import Choice, Layout, Refusal, WeightFormat
+from bitfold.numerics import (
+    MapShape,
+    QuantizedTensor,
+    Scheme,
+    TensorScheme,
+    pack,
+    scale_dtype_of,
+    unpack,
+)
 from bitfold.numerics.quantize import code_dtype
 
 __all__ = [
@@ -34,7 +42,7 @@ __all__ = [
 
 NAME = "bitfold"
 VERSION = 1
-_MATRIX = "block-diagonal"
+_DIMENSIONS = {"blocks": 2, "hadamard": 3, "kronecker": 2}
 
 
 def choose(layout: Layout) -> Choice | Refusal:
@@ -53,8 +61,7 @@ def choose(layout: Layout) -> Choice | Refusal:
             return Refusal(f"queries, keys and values are dynamic ({name})")
     if layout.online and all(entry.scheme.weight is None for entry in layout.linears.values()):
         return Refusal(
-            "matrices that run behind norms go with quantized weights, or else a transformers without "
-            "bitfold would drop them unseen"
+            "maps that run go with quantized weights, or else a transformers without bitfold would drop them unseen"
         )
     return Choice(
         {name: WeightFormat(NAME, _strategy(e.scheme)) for name, e in layout.linears.items()}
@@ -62,8 +69,8 @@ def choose(layout: Layout) -> Choice | Refusal:
 
 
 def config(layout: Layout, choice: Choice) -> dict[str, Any]:
-    """The `quantization_config` of config.json: each scheme, and the modules that have it; `online`, the matrices that
-    run, only where there are any."""
+    """The `quantization_config` of config.json: each scheme, and the modules that have it; `online`, the maps that run,
+    only where there are any."""
     del choice  # there is one way to say anything
     linears = {
         name: Scheme(weight=entry.scheme.weight, activation=entry.scheme.activation)
@@ -105,18 +112,18 @@ def read_config(settings: Mapping[str, Any]) -> tuple[dict[str, Scheme], dict[st
     return linears, attention
 
 
-def read_online(settings: Mapping[str, Any]) -> dict[str, OnlineEntry]:
-    """The matrices that run, by the name of the module they stand behind, that `config` wrote.
+def read_online(settings: Mapping[str, Any]) -> dict[str, MapShape]:
+    """The maps that run, by the name of the module at which they do, that `config` wrote.
 
-    Raises CheckpointError for what is no such matrix.
+    Raises CheckpointError for what is no such map.
     """
     with _undamaged():
-        found: dict[str, OnlineEntry] = {}
+        found: dict[str, MapShape] = {}
         for group in settings.get("online", []):
-            if group["kind"] != _MATRIX or min(group["blocks"], group["size"]) < 1:
-                raise ValueError(f"{group['kind']} of {group['blocks']} × {group['size']}")
-            entry = OnlineEntry(group["blocks"], group["size"])
-            found |= dict.fromkeys(group["modules"], entry)
+            shape = tuple(int(size) for size in group["shape"])
+            if len(shape) != _DIMENSIONS[group["kind"]] or min(shape) < 1:
+                raise ValueError(f"{group['kind']} of {shape}")
+            found |= dict.fromkeys(group["modules"], MapShape(group["kind"], shape))
     return found
 
 
@@ -222,12 +229,12 @@ def _by_scheme(schemes: Mapping[str, Scheme]) -> list[dict[str, Any]]:
     ]
 
 
-def _by_shape(online: Mapping[str, OnlineEntry]) -> list[dict[str, Any]]:
-    """Distinct matrices, in order of appearance, each with the modules behind which one stands."""
-    modules: dict[OnlineEntry, list[str]] = {}
-    for name, entry in online.items():
-        modules.setdefault(entry, []).append(name)
+def _by_shape(online: Mapping[str, MapShape]) -> list[dict[str, Any]]:
+    """Distinct shapes, in order of appearance, each with the modules at which there is such a map."""
+    modules: dict[MapShape, list[str]] = {}
+    for name, shape in online.items():
+        modules.setdefault(shape, []).append(name)
     return [
-        {"kind": _MATRIX, "blocks": entry.count, "size": entry.size, "modules": names}
-        for entry, names in modules.items()
+        {"kind": shape.kind, "shape": list(shape.shape), "modules": names}
+        for shape, names in modules.items()
     ]

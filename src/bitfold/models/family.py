@@ -25,7 +25,7 @@ __all__ = [
 
 
 ONLINE = "online"
-"""What stands behind a module and runs, since nothing absorbs it, is a module of its own under this name."""
+"""What stands at a module and runs, since nothing absorbs it, is a module of its own under this name."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,14 @@ class NormSite:
         return f"{self.norm} -> {', '.join(reader.rpartition('.')[2] for reader in self.readers)}"
 
     @property
+    def runs_at(self) -> str:
+        """The module at which stands what nothing absorbs: behind the norm."""
+        return self.norm
+
+    @property
     def online(self) -> str:
-        """The name among a block's weights of what runs behind the norm, if anything does: a linear layer's weight."""
+        """The name among a block's weights of what runs behind the norm, where that is a matrix: a linear layer's
+        weight."""
         return f"{self.norm}.{ONLINE}.weight"
 
 
@@ -63,6 +69,11 @@ class ValueOutput:
     def readers(self) -> tuple[str, ...]:
         return (self.output,)
 
+    @property
+    def runs_at(self) -> str:
+        """The module at which stands what nothing absorbs: before the reader."""
+        return self.output
+
 
 @dataclass(frozen=True)
 class UpDown:
@@ -81,6 +92,11 @@ class UpDown:
     def readers(self) -> tuple[str, ...]:
         return (self.down,)
 
+    @property
+    def runs_at(self) -> str:
+        """The module at which stands what nothing absorbs: before the reader."""
+        return self.down
+
 
 @dataclass(frozen=True)
 class FcPair:
@@ -98,6 +114,11 @@ class FcPair:
     @property
     def readers(self) -> tuple[str, ...]:
         return (self.fc2,)
+
+    @property
+    def runs_at(self) -> str:
+        """The module at which stands what nothing absorbs: before the reader."""
+        return self.fc2
 
 
 @dataclass(frozen=True)
@@ -120,6 +141,11 @@ class QueryKey:
     def readers(self) -> tuple[str, ...]:
         """Nothing linear: the attention itself."""
         return ()
+
+    @property
+    def runs_at(self) -> str:
+        """The module at which stands what nothing absorbs: the attention, on queries and keys as they meet."""
+        return self.query.rpartition(".")[0]
 
 
 Site = NormSite | ValueOutput | UpDown | FcPair | QueryKey

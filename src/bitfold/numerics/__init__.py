@@ -3,6 +3,8 @@
 from bitfold.numerics.blocks import blocks_product, linear_blocks
 from bitfold.numerics.codebook import CodebookShape, entries_of, quantize_values
 from bitfold.numerics.fp4 import global_scale, scale_dtype_of
+from bitfold.numerics.hadamard import hadamard_matrix, hadamard_size
+from bitfold.numerics.maps import MapShape, apply_map
 from bitfold.numerics.packing import pack, packed_width, unpack
 from bitfold.numerics.quantize import (
     dequantize,
@@ -18,9 +20,11 @@ from bitfold.numerics.tensor import QuantizedTensor, sharing_global_scale
 
 __all__ = [
     "CodebookShape",
+    "MapShape",
     "QuantizedTensor",
     "Scheme",
     "TensorScheme",
+    "apply_map",
     "blocks_product",
     "dequantize",
     "entries_of",
@@ -28,6 +32,8 @@ __all__ = [
     "fake_quantize_dynamic",
     "from_groups",
     "global_scale",
+    "hadamard_matrix",
+    "hadamard_size",
     "linear_blocks",
     "pack",
     "packed_width",

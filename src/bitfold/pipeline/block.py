@@ -73,7 +73,7 @@ def quantize_block(
     weights = skeleton.load_block(index, dtype)
 
     rewritten = rewrite_block(skeleton, index, plan, schemes, streams, weights, report)
-    folded = with_identities(rewritten.weights, plan.block_online(prefix))
+    folded = with_identities(rewritten.weights, plan.block_maps(prefix))
     quantized_names = {name for name, scheme in schemes.items() if scheme.weight is not None}
     plain = {
         name: value.to(plan.storage)

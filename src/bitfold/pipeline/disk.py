@@ -9,6 +9,7 @@ from bitfold.export.layout import WeightFormat
 from bitfold.models.checkpoint import tensor_bytes
 from bitfold.numerics import QuantizedTensor, TensorScheme
 from bitfold.pipeline.job import Job
+from bitfold.pipeline.online import stored_maps
 from bitfold.pipeline.probe import probe_bytes
 from bitfold.pipeline.workdir import Workdir, existing_parent
 from bitfold.transforms import BlockTransform
@@ -42,7 +43,10 @@ def artifact_bytes(job: Job) -> int:
             known[key] = weight_bytes(job, *key)
         weights, tensors = weights + known[key][0], tensors + known[key][1]
     if job.plan.online is not None:
-        weights, tensors = weights + job.plan.online.bytes, tensors + job.plan.online.matrices
+        weights, tensors = (
+            weights + job.plan.online.bytes,
+            tensors + len(stored_maps(job.plan.layout.online)),
+        )
     for attention in job.plan.layout.attention.values():
         if attention.scheme.value is not None and (book := attention.scheme.value.codebook):
             weights, tensors = weights + book.numbers * job.plan.storage.itemsize, tensors + 1

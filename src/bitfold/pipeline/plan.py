@@ -8,11 +8,11 @@ import torch
 
 from bitfold.errors import RecipeError, did_you_mean
 from bitfold.export import Choice, Format, Layout, choose_format
-from bitfold.export.layout import AttentionEntry, LayerEntry, OnlineEntry
-from bitfold.models.family import ONLINE, Site, head_counts
+from bitfold.export.layout import AttentionEntry, LayerEntry
+from bitfold.models.family import Site, head_counts
 from bitfold.models.skeleton import Skeleton
-from bitfold.numerics import CodebookShape, Scheme, TensorScheme
-from bitfold.pipeline.online import OnlineCost, online_cost, online_entries
+from bitfold.numerics import CodebookShape, MapShape, Scheme, TensorScheme
+from bitfold.pipeline.online import OnlineCost, online_cost, online_maps
 from bitfold.recipe import Recipe
 from bitfold.transforms import Heads
 
@@ -59,14 +59,11 @@ class Plan:
         start = prefix + "."
         return {n.removeprefix(start): s for n, s in self.schemes.items() if n.startswith(start)}
 
-    def block_online(self, prefix: str) -> dict[str, OnlineEntry]:
-        """The matrices that run in one block, by the name of their tensor relative to the block."""
+    def block_maps(self, prefix: str) -> dict[str, MapShape]:
+        """The maps that run in one block, by the name of the module at which they do, relative to the block."""
         start = prefix + "."
-        return {
-            f"{name.removeprefix(start)}.{ONLINE}.weight": entry
-            for name, entry in self.layout.online.items()
-            if name.startswith(start)
-        }
+        maps = self.layout.online.items()
+        return {name.removeprefix(start): shape for name, shape in maps if name.startswith(start)}
 
 
 def make_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
@@ -89,7 +86,7 @@ def make_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
             f"The recipe quantizes nothing (scheme {recipe.scheme.notation}, ignore {list(recipe.ignore)}): "
             "choose fewer bits, or ignore less."
         )
-    online = online_entries(skeleton, recipe)
+    online = online_maps(skeleton, recipe)
     storage = _storage_dtype(skeleton)
     stored = {
         name: _as_stored(skeleton, name, scheme, recipe, storage)
@@ -263,7 +260,7 @@ def _layout(
     schemes: Mapping[str, Scheme],
     attention: Mapping[str, Scheme],
     inputs: Mapping[str, int],
-    online: Mapping[str, OnlineEntry],
+    online: Mapping[str, MapShape],
     storage: torch.dtype,
 ) -> Layout:
     head_dim = head_counts(skeleton.config)[2]

@@ -58,6 +58,7 @@ def rewrite_block(
             _fold_sites(part, skeleton, index, plan, schemes, streams, result)
         elif isinstance(part, BlockTransform):
             _fold_block(part, skeleton, index, plan, streams, result, report)
+    _put_running(skeleton, index, plan, result)
     if plan.recipe.transforms:
         probe = streams.probe_original.to(skeleton.device)
         before = skeleton.run(index, weights, probe)
@@ -111,6 +112,22 @@ def _fold_sites(
         if transform is not None:
             weights = fold(weights, transform, plan.heads, plan.storage)
             result.transforms.append(transform)
+    result.weights = _as_run(weights, result.weights)
+
+
+def _put_running(skeleton: Skeleton, index: int, plan: Plan, result: Rewritten) -> None:
+    """What needs no fit and runs, at every site for which it was planned."""
+    maps = plan.block_maps(skeleton.block_name(index))
+    weights = {name: widened(value) for name, value in result.weights.items()}
+    like = next(iter(weights.values()))
+    for part in plan.recipe.transforms:
+        for site in plan.sites:
+            if not isinstance(part, SiteTransform) or site.runs_at not in maps:
+                continue
+            transform = part.running(site, maps[site.runs_at], like)
+            if transform is not None:
+                weights = fold(weights, transform, plan.heads, plan.storage)
+                result.transforms.append(transform)
     result.weights = _as_run(weights, result.weights)
 
 

@@ -12,6 +12,7 @@ from bitfold.export.layout import LayerEntry, input_scale_name, input_tensors
 from bitfold.models.skeleton import Skeleton
 from bitfold.pipeline.block import QuantizedBlock
 from bitfold.pipeline.hooks import InputQuantizer
+from bitfold.pipeline.online import stored_maps
 from bitfold.pipeline.plan import Plan
 from bitfold.runtime.attention import VALUE_CODEBOOK
 
@@ -64,7 +65,7 @@ def block_from_tensors(
     }
     plain = {
         name: tensors[f"{prefix}.{name}"]
-        for name in (*skeleton.block_parameters(index), *plan.block_online(prefix))
+        for name in (*skeleton.block_parameters(index), *stored_maps(plan.block_maps(prefix)))
         if name.removesuffix(".weight") not in quantized
     }
     heads = plan.attention[f"{prefix}.{skeleton.family.attention}"]

@@ -16,12 +16,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from bitfold.numerics import Scheme, TensorScheme, fake_quantize_dynamic, quantize_values
 from bitfold.runtime.short_attention import LONGEST, short_attention
 
-__all__ = ["ATTENTION", "VALUE_CODEBOOK", "HeadQuantizers", "set_head_quantizers"]
+__all__ = ["ATTENTION", "VALUE_CODEBOOK", "HeadQuantizers", "set_head_map", "set_head_quantizers"]
 
 ATTENTION = "bitfold"
 VALUE_CODEBOOK = "value_codebook"
 """Name of the codebook of an attention's values, among its tensors."""
 _ATTRIBUTE = "bitfold_head_quantizers"
+_MAP = "bitfold_head_map"
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,15 @@ def set_head_quantizers(attention: torch.nn.Module, quantizers: HeadQuantizers |
     setattr(attention, _ATTRIBUTE, quantizers)
 
 
+def set_head_map(
+    attention: torch.nn.Module,
+    found: Callable[[torch.nn.Module], Callable[[Tensor], Tensor]] | None,
+) -> None:
+    """Make such a module turn queries and keys [batch, heads, tokens, head_dim], before they are quantized, by the
+    orthogonal map that `found` gives for it."""
+    setattr(attention, _MAP, found)
+
+
 def _attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -79,6 +89,10 @@ def _attention(
     attention_mask: Tensor | None,
     **kwargs: object,
 ) -> tuple[Tensor, Tensor | None]:
+    head_map = getattr(module, _MAP, None)
+    if head_map is not None:
+        turned = head_map(module)
+        query, key = turned(query), turned(key)
     quantizers: HeadQuantizers | None = getattr(module, _ATTRIBUTE, None)
     if quantizers is not None:
         query = quantizers.on(query, quantizers.query)

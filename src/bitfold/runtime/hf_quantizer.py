@@ -1,5 +1,6 @@
 """Makes `from_pretrained` load artifacts in bitfold's own format, once this module is imported."""
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -10,15 +11,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bitfold.errors import CheckpointError, RecipeError
 from bitfold.export import native
-from bitfold.export.layout import OnlineEntry
-from bitfold.numerics import Scheme
+from bitfold.numerics import MapShape, Scheme
 from bitfold.runtime.attention import (
     ATTENTION,
     VALUE_CODEBOOK,
     HeadQuantizers,
     set_head_quantizers,
 )
-from bitfold.runtime.online import BlockDiagonal, attach
+from bitfold.runtime.online import OnlineMap, attach, runs_on_heads
 from bitfold.runtime.quantized_linear import QuantizedLinear
 
 __all__ = ["BitfoldConfig", "BitfoldHfQuantizer"]
@@ -39,7 +39,7 @@ class BitfoldConfig(QuantizationConfigMixin):
 
 @register_quantizer(native.NAME)
 class BitfoldHfQuantizer(HfQuantizer):
-    """Puts in `QuantizedLinear`s for linear layers, quantizers into attention modules, and what runs behind norms."""
+    """Puts in `QuantizedLinear`s for linear layers, quantizers into attention modules, and maps that run."""
 
     requires_calibration = True
 
@@ -53,15 +53,17 @@ class BitfoldHfQuantizer(HfQuantizer):
         linears, attention = native.read_config(settings)
         for name, scheme in linears.items():
             model.set_submodule(name, _quantized(name, _module(model, name), scheme))
-        if attention:
+        maps = native.read_online(settings)
+        if attention or any(runs_on_heads(_module(model, name)) for name in maps):
             _use_bitfold_attention(model)
         for name, scheme in attention.items():
             set_head_quantizers(_module(model, name), HeadQuantizers.of(scheme))
             if scheme.value is not None and (book := scheme.value.codebook):
                 empty = torch.zeros(book.shape, dtype=model.dtype, device=model.device)
                 _module(model, name).register_buffer(VALUE_CODEBOOK, empty)
-        for name, entry in native.read_online(settings).items():
-            attach(*_behind(name, _module(model, name), entry))
+        for name, shape in maps.items():
+            module = _module(model, name)
+            attach(module, _map_for(name, module, shape, model.dtype))
 
     def is_serializable(self) -> bool:
         """`save_pretrained` writes the tensors as they were read."""
@@ -99,15 +101,22 @@ def _quantized(name: str, linear: nn.Module, scheme: Scheme) -> QuantizedLinear:
     )
 
 
-def _behind(name: str, module: nn.Module, entry: OnlineEntry) -> tuple[nn.Module, nn.Module]:
-    """A module, and the matrix that will run behind it."""
+def _map_for(name: str, module: nn.Module, shape: MapShape, dtype: torch.dtype) -> OnlineMap:
+    """The map that will run at a module."""
+    width = getattr(module, "in_features", None) or getattr(module, "head_dim", None)
     weight = getattr(module, "weight", None)
-    if weight is None or tuple(weight.shape) != (entry.count * entry.size,):
+    if width is None and weight is not None:
+        width = weight.numel()
+    if width != shape.width:
         raise CheckpointError(
-            f"config.json puts a matrix for {entry.count * entry.size} features behind {name}, but that is a "
-            f"{type(module).__name__} of another width: weights and config.json are of different models."
+            f"config.json puts a map for {shape.width} features at {name}, but that is a {type(module).__name__} of "
+            "another width: weights and config.json are of different models."
         )
-    return module, BlockDiagonal(entry.count, entry.size, dtype=weight.dtype, device=weight.device)
+    return OnlineMap(shape, dtype=dtype, device=_device(module))
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(chain(module.parameters(), module.buffers())).device
 
 
 def _use_bitfold_attention(model: PreTrainedModel) -> None:

@@ -1,6 +1,7 @@
-"""What nothing absorbs, and therefore runs: a block-diagonal matrix behind a module, as its child `online`.
+"""What nothing absorbs, and therefore runs: a map at a module, as its child `online`.
 
-The same product in the simulation (`running_online`) and in a loaded artifact (`attach`).
+Behind a norm, before a linear layer, or on the queries and keys of an attention, behind the rotary embedding. The same
+map in the simulation (`running_online`) and in a loaded artifact (`attach`).
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -10,63 +11,114 @@ import torch
 from torch import Tensor, nn
 
 from bitfold.models.family import ONLINE
-from bitfold.numerics import linear_blocks
+from bitfold.numerics import MapShape, apply_map
+from bitfold.runtime.attention import set_head_map
 
-__all__ = ["BlockDiagonal", "attach", "running_online"]
+__all__ = ["OnlineMap", "attach", "running_online", "runs_on_heads"]
 
-_SUFFIX = f".{ONLINE}.weight"
+_MARK = f".{ONLINE}."
 
 
-class BlockDiagonal(nn.Module):
-    """A linear layer on rows x [..., count · size] whose weight is block-diagonal: x ↦ x Wᵀ; weight: W's blocks [count,
-    size, size]."""
+class OnlineMap(nn.Module):
+    """A linear map on rows x [..., n], as `apply_map` takes it."""
 
     def __init__(
         self,
-        count: int,
-        size: int,
+        shape: MapShape,
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        blocks = torch.eye(size, dtype=dtype, device=device).repeat(count, 1, 1)
-        self.weight = nn.Parameter(blocks, requires_grad=False)
+        for name, size in shape.tensors.items():
+            empty = torch.zeros(size, dtype=dtype, device=device)
+            self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., count · size], the same shape as x."""
-        return linear_blocks(x, self.weight)
+        """[..., n], the same shape as x."""
+        return apply_map(x, dict(self.named_parameters()))
 
 
 def attach(module: nn.Module, online: nn.Module) -> None:
-    """Make a module hand its output through `online`, which becomes its child of that name."""
+    """Make a module use the map `online`, which becomes its child of that name."""
     module.add_module(ONLINE, online)
-    module.register_forward_hook(_through_child)
+    if _is_linear(module):
+        module.register_forward_pre_hook(_through_child_before, prepend=True)
+    elif _is_norm(module):
+        module.register_forward_hook(_through_child)
+    else:
+        set_head_map(module, _child)
 
 
 @contextmanager
 def running_online(block: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Within this context the modules `NAME` of a block run the matrices `NAME.online.weight` among its weights; gives
-    the other weights."""
+    """Within this context the modules `NAME` of a block run the maps of the tensors `NAME.online.…` among its weights;
+    gives the other weights."""
+    others: dict[str, Tensor] = {}
+    maps: dict[str, dict[str, Tensor]] = {}
+    for name, value in weights.items():
+        place, mark, part = name.rpartition(_MARK)
+        if mark:
+            maps.setdefault(place, {})[part] = value
+        else:
+            others[name] = value
     with ExitStack() as stack:
-        others = {}
-        for name, value in weights.items():
-            if name.endswith(_SUFFIX):
-                module = block.get_submodule(name.removesuffix(_SUFFIX))
-                stack.callback(module.register_forward_hook(_through(value)).remove)
+        for name, tensors in maps.items():
+            module = block.get_submodule(name)
+            if _is_linear(module):
+                # Before any hook that looks at the input, or quantizes it.
+                handle = module.register_forward_pre_hook(_before(tensors), prepend=True)
+                stack.callback(handle.remove)
+            elif _is_norm(module):
+                stack.callback(module.register_forward_hook(_behind(tensors)).remove)
             else:
-                others[name] = value
+                set_head_map(module, _on_heads(tensors))
+                stack.callback(set_head_map, module, None)
         yield others
 
 
-# Functions of the module they are given, so that copies of a model run their own matrices.
+def runs_on_heads(module: nn.Module) -> bool:
+    """Whether a map at this module is one of queries and keys: it is an attention, not a linear layer or norm."""
+    return not _is_linear(module) and not _is_norm(module)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Of any kind: those of an artifact hold packed weights."""
+    return hasattr(module, "in_features")
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether it has a gain: what is left is an attention."""
+    return getattr(module, "weight", None) is not None
+
+
+# Functions of the module they are given, so that copies of a model run their own maps.
+def _child(module: nn.Module) -> nn.Module:
+    return module.get_submodule(ONLINE)
+
+
 def _through_child(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    result: Tensor = module.get_submodule(ONLINE)(output)
+    result: Tensor = _child(module)(output)
     return result
 
 
-def _through(blocks: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+def _through_child_before(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (_child(module)(args[0]), *args[1:])
+
+
+def _on_heads(tensors: Mapping[str, Tensor]) -> Callable[[nn.Module], Callable[[Tensor], Tensor]]:
+    return lambda attention: lambda x: apply_map(x, tensors)
+
+
+def _behind(tensors: Mapping[str, Tensor]) -> Callable[..., Tensor]:
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return linear_blocks(output, blocks)
+        return apply_map(output, tensors)
+
+    return hook
+
+
+def _before(tensors: Mapping[str, Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (apply_map(args[0], tensors), *args[1:])
 
     return hook

@@ -15,8 +15,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from bitfold.models.family import NormSite
-from bitfold.numerics import to_groups
+from bitfold.models.family import NormSite, Site
+from bitfold.numerics import MapShape, to_groups
 from bitfold.numerics.straight_through import fake_quantize_trainable
 from bitfold.part import Need
 from bitfold.transforms.block_transform import (
@@ -26,7 +26,7 @@ from bitfold.transforms.block_transform import (
     Clipping,
     Terms,
 )
-from bitfold.transforms.groups import Transform, fold
+from bitfold.transforms.groups import Heads, Transform, fold
 from bitfold.transforms.learned import Learned, MaskSettings, learned_at
 from bitfold.transforms.outputs import restored
 
@@ -80,9 +80,10 @@ class Affine(BlockTransform):
             raise ValueError("norms=online is a full matrix: leave out matrices=diagonal")
         return self
 
-    def online_size(self, site: NormSite, width: int) -> int | None:
-        """See `BlockTransform.online_size`."""
-        return width if self.norms == "online" else None
+    def online_map(self, site: Site, width: int, heads: Heads) -> MapShape | None:
+        """See `BlockTransform.online_map`."""
+        behind_norm = self.norms == "online" and isinstance(site, NormSite)
+        return MapShape("blocks", (1, width)) if behind_norm else None
 
     def fit(self, problem: BlockProblem) -> BlockFit:
         """See `BlockTransform.fit`."""

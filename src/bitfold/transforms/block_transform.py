@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from bitfold.models.family import NormSite, Site
-from bitfold.numerics import Scheme
+from bitfold.models.family import Site
+from bitfold.numerics import MapShape, Scheme
 from bitfold.part import Part
 from bitfold.transforms.groups import Heads, Transform
 
@@ -70,6 +70,6 @@ class BlockTransform(Part):
     def fit(self, problem: BlockProblem) -> BlockFit:
         """Transforms and clipping of the least loss found; never worse than doing nothing."""
 
-    def online_size(self, site: NormSite, width: int) -> int | None:
-        """The blocks' size where it leaves a matrix behind a norm of this width, which runs; None: all is folded."""
+    def online_map(self, site: Site, width: int, heads: Heads) -> MapShape | None:
+        """The map that it leaves at a site of this width (of a head at q · k), which runs; None: all is folded."""
         return None

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bitfold.errors import EquivalenceError
-from bitfold.models.family import FcPair, NormSite, QueryKey, Site, UpDown, ValueOutput
+from bitfold.models.family import ONLINE, FcPair, NormSite, QueryKey, Site, UpDown, ValueOutput
 from bitfold.transforms.linears import (
     complex_blocks,
     fold_pair,
@@ -91,7 +91,19 @@ class Transform(ABC):
 def fold(
     weights: Weights, transform: Transform, heads: Heads, storage: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """The block's weights after a transform (see `Transform.fold`)."""
+    """The block's weights after a transform (see `Transform.fold`).
+
+    Raises EquivalenceError where a map runs at the site that cannot be multiplied by it.
+    """
+    site = transform.site
+    runs = any(name.startswith(f"{site.runs_at}.{ONLINE}.") for name in weights)
+    # What runs on queries and keys is undone by their product, whatever becomes of them before.
+    if runs and not isinstance(site, QueryKey):
+        multiplied = isinstance(transform, Diagonal | OnlineMatrix)
+        if not (multiplied and isinstance(site, NormSite) and site.online in weights):
+            raise EquivalenceError(
+                f"At {site.name} a map runs already, and nothing folds before it: let it be the last there."
+            )
     return transform.fold(weights, heads, storage)
 
 

@@ -1,21 +1,40 @@
-"""A random rotation of the residual stream, folded: QuaRot's (Ashkboos et al. 2024, arXiv 2404.00456), nothing of which
-runs.
+"""QuaRot's rotations (Ashkboos et al. 2024, arXiv 2404.00456): of the residual stream, of heads, and those that run.
 
-In a random basis no channel of the stream is an outlier: every reader's input and every writer's rows are mixtures of
-all. Nothing of it runs, so any orthogonal matrix serves; a Hadamard matrix with random signs has entries of one size.
+In a random basis no channel is an outlier: every reader's input and every writer's rows are mixtures of all. Any
+orthogonal matrix serves; a Hadamard matrix H with random signs has entries of one size.
+
+    residual stream          x R                     folded, for the whole model
+    v → o, per KV head       v H, o_proj reads back  folded
+    o_proj's input           across heads            runs
+    down_proj's, fc2's       x H                     runs
+    q · k                    q H, k H, behind RoPE   runs
 """
 
+import zlib
+from collections.abc import Mapping
+
 import torch
-from scipy.linalg import hadamard
 from torch import Tensor
 
+from bitfold.models.family import NormSite, Site, ValueOutput
+from bitfold.numerics import MapShape, Scheme, hadamard_matrix, hadamard_size
+from bitfold.statistics import InputStatistics
+from bitfold.transforms.groups import HeadMatrix, Heads, Transform
+from bitfold.transforms.online import OnlineHadamard
 from bitfold.transforms.stream_transform import StreamTransform
 
 __all__ = ["Rotation"]
 
 
 class Rotation(StreamTransform):
-    """Hadamard with random signs where the size is a power of two, else uniformly random."""
+    """Hadamard with random signs where there is such a matrix of the size, else uniformly random.
+
+    heads: turn the values of every KV head too, folded. online: Hadamard matrices before o_proj, down_proj (fc2) and on
+    queries and keys, which run; of the largest size that divides the width.
+    """
+
+    heads: bool = False
+    online: bool = False
 
     def matrix(self, size: int, *, keeps_ones: bool, seed: int) -> Tensor:
         """See `StreamTransform.matrix`."""
@@ -33,11 +52,49 @@ class Rotation(StreamTransform):
         inner[1:, 1:] = _orthogonal(size - 1, generator)
         return reflection @ inner @ reflection
 
+    def fit(
+        self,
+        site: Site,
+        weights: Mapping[str, Tensor],
+        statistics: InputStatistics,
+        schemes: Mapping[str, Scheme],
+        heads: Heads,
+    ) -> Transform | None:
+        """One rotation for all KV heads at v → o; nothing elsewhere."""
+        if not (self.heads and isinstance(site, ValueOutput)):
+            return None
+        like = weights[f"{site.output}.weight"]
+        one = _orthogonal(heads.size, _generator(site)).to(like)
+        blocks = one.repeat(heads.keys, 1, 1)
+        return HeadMatrix(site, blocks, blocks.transpose(1, 2))
+
+    def online_map(self, site: Site, width: int, heads: Heads) -> MapShape | None:
+        """See `SiteTransform.online_map`."""
+        if not self.online or isinstance(site, NormSite):
+            return None
+        across = isinstance(site, ValueOutput) and self.heads
+        if across and hadamard_size(heads.queries) == heads.queries:
+            return MapShape("hadamard", (1, heads.queries, heads.size))
+        size = hadamard_size(width)
+        return MapShape("hadamard", (width // size, size, 1))
+
+    def running(self, site: Site, shape: MapShape, like: Tensor) -> Transform | None:
+        """See `SiteTransform.running`."""
+        if not self.online or isinstance(site, NormSite):
+            return None
+        signs = torch.randint(0, 2, shape.shape, generator=_generator(site)) * 2 - 1
+        return OnlineHadamard(site, signs.to(like))
+
+
+def _generator(site: Site) -> torch.Generator:
+    """Of signs that differ from site to site."""
+    return torch.Generator().manual_seed(zlib.crc32(site.name.encode()))
+
 
 def _orthogonal(size: int, generator: torch.Generator) -> Tensor:
-    if size and size & (size - 1) == 0:
+    if size and hadamard_size(size) == size:
         signs = torch.randint(0, 2, (size,), generator=generator, dtype=torch.float64) * 2 - 1
-        return signs[:, None] * torch.from_numpy(hadamard(size)).double() / size**0.5
+        return signs[:, None] * hadamard_matrix(size) / size**0.5
     gaussian = torch.randn(size, size, generator=generator, dtype=torch.float64)
     q, r = torch.linalg.qr(gaussian)
     return q * r.diagonal().sign()  # uniform over the group

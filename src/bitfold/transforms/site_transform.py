@@ -5,8 +5,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from bitfold.models.family import NormSite, Site
-from bitfold.numerics import Scheme
+from bitfold.models.family import Site
+from bitfold.numerics import MapShape, Scheme
 from bitfold.part import Part
 from bitfold.statistics import InputStatistics
 from bitfold.transforms.groups import Heads, Transform
@@ -31,6 +31,11 @@ class SiteTransform(Part):
         weights: the block's, [out, in] each; statistics: of the readers' input; schemes: of the readers, by name.
         """
 
-    def online_size(self, site: NormSite, width: int) -> int | None:
-        """The blocks' size where it leaves a matrix behind a norm of this width, which runs; None: all is folded."""
+    def online_map(self, site: Site, width: int, heads: Heads) -> MapShape | None:
+        """The map that it leaves at a site of this width (of a head at q · k), which runs; None: all is folded."""
+        return None
+
+    def running(self, site: Site, shape: MapShape, like: Tensor) -> Transform | None:
+        """The map of `online_map` where nothing has to be measured for it: put there once all else is folded. None
+        where `fit` gave it. like: in whose dtype, and on whose device."""
         return None

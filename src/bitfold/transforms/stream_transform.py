@@ -4,13 +4,13 @@ from abc import abstractmethod
 
 from torch import Tensor
 
-from bitfold.part import Part
+from bitfold.transforms.site_transform import SiteTransform
 
 __all__ = ["StreamTransform"]
 
 
-class StreamTransform(Part):
-    """Chooses the basis of the residual stream, before the first block.
+class StreamTransform(SiteTransform):
+    """Chooses the basis of the residual stream, before the first block; and what goes with it at the sites of a block.
 
     where_free: only of a model that pays nothing for it, its head being a tensor of its own already; others, and those
     whose norms allow none, stay as they are. Without it a tied head is untied, which is size.

@@ -20,7 +20,7 @@ from scipy.linalg import hadamard
 from torch import Tensor
 
 from bitfold.models.family import NormSite, QueryKey, Site, ValueOutput
-from bitfold.numerics import Scheme
+from bitfold.numerics import MapShape, Scheme
 from bitfold.part import Need
 from bitfold.statistics import InputStatistics
 from bitfold.transforms.diagonal import reader_weights
@@ -41,9 +41,10 @@ class Wush(SiteTransform):
     rotate: Literal["hadamard", "none"] = "hadamard"
     norms: Literal["none", "online"] = "none"
 
-    def online_size(self, site: NormSite, width: int) -> int | None:
-        """See `SiteTransform.online_size`."""
-        return width if self.norms == "online" else None
+    def online_map(self, site: Site, width: int, heads: Heads) -> MapShape | None:
+        """See `SiteTransform.online_map`."""
+        behind_norm = self.norms == "online" and isinstance(site, NormSite)
+        return MapShape("blocks", (1, width)) if behind_norm else None
 
     def fit(
         self,

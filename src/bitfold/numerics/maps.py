@@ -1,0 +1,82 @@
+"""Linear maps that are cheap enough to run: block-diagonal, Hadamard, Kronecker; as the tensors that are stored.
+
+    blocks      weight [count, size, size]      x ↦ x Wᵀ                          n · size multiply-adds
+    hadamard    signs [copies, size, inner]     x ↦ (signs ∘ x) H / √size         n · log₂ size additions
+    kronecker   left [a, a], right [b, b]       x ↦ vec(leftᵀ X right), X [a, b]  n · (a + b) multiply-adds
+
+All on the last axis of x, n values. H stands on `size`, with `inner` values that stay together between.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bitfold.numerics.blocks import linear_blocks
+from bitfold.numerics.hadamard import hadamard_transform
+
+__all__ = ["MapKind", "MapShape", "apply_map"]
+
+MapKind = Literal["blocks", "hadamard", "kronecker"]
+
+
+@dataclass(frozen=True)
+class MapShape:
+    """What a map is before its numbers are known. shape: blocks (count, size), hadamard (copies, size, inner),
+    kronecker (a, b)."""
+
+    kind: MapKind
+    shape: tuple[int, ...]
+
+    @property
+    def width(self) -> int:
+        """n."""
+        return math.prod(self.shape)
+
+    @property
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of what is stored, by name."""
+        if self.kind == "blocks":
+            count, size = self.shape
+            return {"weight": (count, size, size)}
+        if self.kind == "hadamard":
+            return {"signs": self.shape}
+        left, right = self.shape
+        return {"left": (left, left), "right": (right, right)}
+
+    @property
+    def operations(self) -> int:
+        """Multiply-adds for one row x; of a Hadamard matrix additions."""
+        if self.kind == "hadamard":
+            return self.width * math.ceil(math.log2(self.shape[1]))
+        return self.width * (self.shape[1] if self.kind == "blocks" else sum(self.shape))
+
+    @property
+    def numbers(self) -> int:
+        """How many are stored."""
+        return sum(math.prod(shape) for shape in self.tensors.values())
+
+    def identity(self, like: Tensor) -> dict[str, Tensor]:
+        """Tensors that do nothing, in the dtype of `like`; ValueError for a Hadamard matrix, which always does."""
+        if self.kind == "hadamard":
+            raise ValueError("a Hadamard matrix is no identity")
+        return {
+            name: torch.eye(shape[-1], dtype=like.dtype, device=like.device).expand(shape).clone()
+            for name, shape in self.tensors.items()
+        }
+
+
+def apply_map(x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Rows x [..., n] through the map of these tensors, in x's dtype and shape."""
+    if "weight" in tensors:
+        return linear_blocks(x, tensors["weight"])
+    if "signs" in tensors:
+        signs = tensors["signs"]
+        signed = x.unflatten(-1, signs.shape) * signs.to(x.dtype)
+        return hadamard_transform(signed).flatten(-3)
+    left, right = tensors["left"], tensors["right"]
+    pieces = x.unflatten(-1, (left.shape[0], right.shape[0]))
+    return (left.T @ (pieces @ right)).flatten(-2)

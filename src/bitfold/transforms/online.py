@@ -1,0 +1,94 @@
+"""What stands at a site and runs, since nothing absorbs it: a Hadamard matrix or a Kronecker product.
+
+Both may stand wherever a linear layer reads something (behind a norm, before o_proj, before down_proj or fc2): the
+readers take the inverse. A Hadamard matrix may also stand on queries and keys behind the rotary embedding, where q · k
+undoes it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bitfold.models.family import ONLINE, QueryKey, Site
+from bitfold.numerics import apply_map
+from bitfold.transforms.groups import Heads, Transform
+from bitfold.transforms.norms import Weights
+
+__all__ = ["OnlineHadamard", "OnlineKronecker"]
+
+
+@dataclass(frozen=True)
+class OnlineHadamard(Transform):
+    """x' = (signs ∘ x) H / √size; signs of ±1 [copies, size, inner], see `numerics.maps`. At q · k on every head."""
+
+    site: Site
+    signs: Tensor
+
+    @property
+    def matrix(self) -> Tensor:
+        return self.inverse.transpose(1, 2)
+
+    @property
+    def inverse(self) -> Tensor:
+        return _dense(self._tensors, self.signs)
+
+    @property
+    def _tensors(self) -> dict[str, Tensor]:
+        return {"signs": self.signs}
+
+    def fold(
+        self, weights: Weights, heads: Heads, storage: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        folded = dict(weights) | _named(self.site, self._tensors)
+        for reader in () if isinstance(self.site, QueryKey) else self.site.readers:
+            # Orthogonal: A⁻¹ᵀ is A.
+            folded[f"{reader}.weight"] = apply_map(weights[f"{reader}.weight"], self._tensors)
+        return folded
+
+
+@dataclass(frozen=True)
+class OnlineKronecker(Transform):
+    """x' = vec(leftᵀ X right): A⁻¹ = left ⊗ right, [a, a] and [b, b], of any input of linear layers."""
+
+    site: Site
+    left: Tensor
+    right: Tensor
+
+    @property
+    def matrix(self) -> Tensor:
+        return torch.linalg.inv(self.inverse)
+
+    @property
+    def inverse(self) -> Tensor:
+        return _dense({"left": self.left, "right": self.right}, self.left)
+
+    def fold(
+        self, weights: Weights, heads: Heads, storage: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        # What runs is rounded first, and the readers take what is left.
+        like = weights[f"{self.site.readers[0]}.weight"]
+        stored = {
+            name: value if storage is None else value.to(storage).to(value.dtype)
+            for name, value in (("left", self.left), ("right", self.right))
+        }
+        read_back = {
+            name: torch.linalg.inv(value.double()).T.to(value.dtype)
+            for name, value in stored.items()
+        }
+        folded = dict(weights)
+        folded |= _named(self.site, {name: value.to(like) for name, value in stored.items()})
+        for reader in self.site.readers:
+            weight = weights[f"{reader}.weight"]
+            folded[f"{reader}.weight"] = apply_map(weight.to(self.left.dtype), read_back).to(weight)
+        return folded
+
+
+def _named(site: Site, tensors: Weights) -> dict[str, Tensor]:
+    return {f"{site.runs_at}.{ONLINE}.{name}": value for name, value in tensors.items()}
+
+
+def _dense(tensors: Weights, like: Tensor) -> Tensor:
+    """The matrix of a map [1, n, n]."""
+    width = like.numel() if "signs" in tensors else like.shape[0] * tensors["right"].shape[0]
+    return apply_map(torch.eye(width, dtype=like.dtype, device=like.device), tensors).unsqueeze(0)

@@ -1,0 +1,104 @@
+"""QuaRot: what folds and what runs, from `--method quarot` to a loaded model, and with `rotation.online=false`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import bitfold
+from bitfold.errors import RecipeError
+from models_zoo import TOKENS, Zoo, build
+
+BF16, FLOAT32 = torch.bfloat16, torch.float32
+LAYER = "model.layers.0"
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("tokens") / "tokens.npy"
+    np.save(file, np.random.default_rng(0).integers(0, 96, (8, 24)))
+    return file
+
+
+def _quantize(model: Path, tokens: Path, out: Path, **more: Any) -> dict[str, Any]:
+    options = {"method": "quarot", "scheme": "w4a4q4kv4", "samples": 4} | more
+    bitfold.quantize(model, out, calibration=tokens, **options)
+    report: dict[str, Any] = json.loads((out / "report.json").read_text())
+    return report
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BF16])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "opt"])
+def test_what_loads_is_what_was_simulated(
+    family: str, dtype: torch.dtype, checkpoint: Zoo, tokens: Path, tmp_path: Path
+) -> None:
+    report = _quantize(checkpoint(family, dtype), tokens, tmp_path / "out")
+    assert max(report["folding_errors"]) < (1e-5 if dtype == FLOAT32 else 5e-3)
+    assert bitfold.verify(tmp_path / "out").difference < 1e-6
+    # Behind no norm: before o_proj, before down_proj, on queries and keys, in two blocks.
+    assert report["online"]["maps"] == 6
+    assert report["online"]["folded"] is False
+
+
+def test_maps_stand_where_the_paper_has_them(checkpoint: Zoo, tokens: Path, tmp_path: Path) -> None:
+    _quantize(checkpoint("llama", FLOAT32), tokens, tmp_path / "out")
+    loaded = bitfold.load(tmp_path / "out")
+    shapes = {
+        name: tuple(value.shape)
+        for name, value in loaded.named_parameters()
+        if "online" in name and name.startswith(LAYER)
+    }
+    assert shapes == {
+        f"{LAYER}.self_attn.online.signs": (1, 16, 1),
+        f"{LAYER}.self_attn.o_proj.online.signs": (1, 4, 16),  # across heads
+        f"{LAYER}.mlp.down_proj.online.signs": (1, 96, 1),
+    }
+    signs = loaded.get_parameter(f"{LAYER}.mlp.down_proj.online.signs")
+    assert set(signs.unique().tolist()) == {-1.0, 1.0}
+
+
+def test_the_cache_goes_on_where_the_prompt_ended(
+    checkpoint: Zoo, tokens: Path, tmp_path: Path
+) -> None:
+    """Keys that were cached are turned as those that are new."""
+    _quantize(checkpoint("llama", FLOAT32), tokens, tmp_path / "out", scheme="w4a16g32")
+    model = bitfold.load(tmp_path / "out")
+    with torch.no_grad():
+        whole = model(TOKENS).logits
+        start = model(TOKENS[:, :-1], use_cache=True)
+        step = model(TOKENS[:, -1:], past_key_values=start.past_key_values).logits
+    assert torch.allclose(step[:, -1], whole[:, -1], atol=1e-5)
+
+
+def test_all_of_it_folds_if_asked(checkpoint: Zoo, tokens: Path, tmp_path: Path) -> None:
+    model = checkpoint("llama", FLOAT32)
+    report = _quantize(
+        model, tokens, tmp_path / "out", scheme="w4a4", set=("rotation.online=false",)
+    )
+    assert "online" not in report
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    assert bitfold.verify(tmp_path / "out").difference < 1e-6
+
+
+def test_with_what_is_learned_before_it(checkpoint: Zoo, tokens: Path, tmp_path: Path) -> None:
+    """Transforms of other parts fold first, what runs stands last."""
+    report = _quantize(
+        checkpoint("llama", FLOAT32),
+        tokens,
+        tmp_path / "out",
+        method="quarot+wush+affine",
+        set=("affine.epochs=1",),
+    )
+    assert max(report["folding_errors"]) < 1e-4
+    assert bitfold.verify(tmp_path / "out").difference < 1e-6
+
+
+def test_what_has_no_stream_to_turn_is_refused(tokens: Path, tmp_path: Path) -> None:
+    model = build("gemma3", FLOAT32, tmp_path / "model")
+    with pytest.raises(RecipeError, match="takes no rotation"):
+        _quantize(model, tokens, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
