@@ -84,6 +84,8 @@ def _together(shapes: list[MapShape], site: Site, recipe: Recipe) -> MapShape | 
     """Block-diagonal matrices are multiplied into one."""
     if len(shapes) < 2:
         return shapes[0] if shapes else None
+    if shapes[0].kind == "kronecker" and all(shape == shapes[0] for shape in shapes):
+        return shapes[0]
     if any(shape.kind != "blocks" for shape in shapes):
         raise RecipeError(
             f"{recipe.method} leaves two maps at {site.name} that run, and they are no matrix of one kind: choose one."

@@ -9,6 +9,7 @@ from bitfold.transforms.affine import Affine
 from bitfold.transforms.awq import Awq
 from bitfold.transforms.block_transform import BlockTransform
 from bitfold.transforms.groups import Heads, Transform, fold
+from bitfold.transforms.kronecker import Kronecker
 from bitfold.transforms.rotation import Rotation
 from bitfold.transforms.site_transform import SiteTransform
 from bitfold.transforms.smoothquant import SmoothQuant
@@ -30,5 +31,6 @@ TRANSFORMS: dict[str, type[SiteTransform | BlockTransform | StreamTransform]] = 
     "smoothquant": SmoothQuant,
     "awq": Awq,
     "wush": Wush,
+    "kronecker": Kronecker,
     "affine": Affine,
 }

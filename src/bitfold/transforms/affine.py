@@ -15,7 +15,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from bitfold.models.family import NormSite, Site
+from bitfold.models.family import NormSite, QueryKey, Site
 from bitfold.numerics import MapShape, to_groups
 from bitfold.numerics.straight_through import fake_quantize_trainable
 from bitfold.part import Need
@@ -27,6 +27,7 @@ from bitfold.transforms.block_transform import (
     Terms,
 )
 from bitfold.transforms.groups import Heads, Transform, fold
+from bitfold.transforms.kronecker import factors_of
 from bitfold.transforms.learned import Learned, MaskSettings, learned_at
 from bitfold.transforms.outputs import restored
 
@@ -45,6 +46,7 @@ class Affine(BlockTransform):
     matrices: `full` per head where the group has them, or `diagonal` (OmniQuant). clipping, shifts: learn them.
     norms: `folded`, a diagonal behind each norm, which costs nothing; or `online`, a full matrix as in the paper's
     weight-only setting, whose inverse stays there and runs.
+    kronecker: learn Kronecker products before all linear layers, which run, in place of what folds there (FlatQuant).
     alpha: stability factor of the off-diagonal entries. gradual: open the mask epoch by epoch.
     dominance: keep the matrices diagonally dominant by at least `margin`, or leave them (`off`).
     scope: of the loss: the `block`'s output, or each `linear` layer's own.
@@ -60,6 +62,7 @@ class Affine(BlockTransform):
     batch: int = Field(default=2, ge=1)
     matrices: Literal["full", "diagonal"] = "full"
     norms: Literal["folded", "online"] = "folded"
+    kronecker: bool = False
     clipping: bool = True
     shifts: bool = True
     alpha: float = Field(default=0.1, gt=0, le=1)
@@ -78,10 +81,14 @@ class Affine(BlockTransform):
     def _check(self) -> Self:
         if self.norms == "online" and self.matrices == "diagonal":
             raise ValueError("norms=online is a full matrix: leave out matrices=diagonal")
+        if self.norms == "online" and self.kronecker:
+            raise ValueError("norms=online and kronecker both run behind norms: choose one")
         return self
 
     def online_map(self, site: Site, width: int, heads: Heads) -> MapShape | None:
         """See `BlockTransform.online_map`."""
+        if self.kronecker and not isinstance(site, QueryKey):
+            return MapShape("kronecker", factors_of(width))
         behind_norm = self.norms == "online" and isinstance(site, NormSite)
         return MapShape("blocks", (1, width)) if behind_norm else None
 
@@ -100,6 +107,7 @@ class Affine(BlockTransform):
                 full=full,
                 shifts=self.shifts,
                 online=self.norms == "online",
+                kronecker=self.kronecker,
             )
             for site in problem.sites
         ]

@@ -82,6 +82,10 @@ class Transform(ABC):
         storage: the dtype in which unquantized tensors will be stored, so that rounding them costs no equivalence.
         """
 
+    def joins(self, weights: Weights) -> bool:
+        """Whether it can be multiplied with what runs at the site already."""
+        return False
+
     def defect(self) -> float:
         """‖A A⁻¹ − I‖ (largest entry): how far from an equivalence."""
         product = self.matrix @ self.inverse
@@ -98,12 +102,10 @@ def fold(
     site = transform.site
     runs = any(name.startswith(f"{site.runs_at}.{ONLINE}.") for name in weights)
     # What runs on queries and keys is undone by their product, whatever becomes of them before.
-    if runs and not isinstance(site, QueryKey):
-        multiplied = isinstance(transform, Diagonal | OnlineMatrix)
-        if not (multiplied and isinstance(site, NormSite) and site.online in weights):
-            raise EquivalenceError(
-                f"At {site.name} a map runs already, and nothing folds before it: let it be the last there."
-            )
+    if runs and not isinstance(site, QueryKey) and not transform.joins(weights):
+        raise EquivalenceError(
+            f"At {site.name} a map runs already, and nothing folds before it: let it be the last there."
+        )
     return transform.fold(weights, heads, storage)
 
 
@@ -125,6 +127,9 @@ class Diagonal(Transform):
     @property
     def inverse(self) -> Tensor:
         return self.scale.reciprocal().view(-1, 1, 1)
+
+    def joins(self, weights: Weights) -> bool:
+        return isinstance(self.site, NormSite) and self.site.online in weights
 
     def defect(self) -> float:
         """Zeros nowhere, and nothing negative through ReLU."""
@@ -165,6 +170,9 @@ class OnlineMatrix(Transform):
     blocks: Tensor
     blocks_inverse: Tensor
     shift: Tensor | None = None
+
+    def joins(self, weights: Weights) -> bool:
+        return self.site.online in weights
 
     @property
     def matrix(self) -> Tensor:

@@ -23,6 +23,8 @@ from bitfold.transforms.groups import (
     Transform,
     Weights,
 )
+from bitfold.transforms.kronecker import factors_of
+from bitfold.transforms.online import OnlineKronecker
 
 __all__ = ["Learned", "MaskSettings", "learned_at"]
 
@@ -159,6 +161,43 @@ class _Matrix(Learned):
         }
 
 
+class _Kronecker(Learned):
+    """A Kronecker product that runs, as FlatQuant has it: each factor Q₁ diag(eᵗ) Q₂ᵀ with Cayley's orthogonal
+    Q = (I − S)(I + S)⁻¹, S = P − Pᵀ, whose inverse takes no inverting."""
+
+    def __init__(self, site: Site, sizes: tuple[int, int], like: Tensor) -> None:
+        self._site = site
+        self.scales = [
+            like.new_zeros(shape).requires_grad_()
+            for size in sizes
+            for shape in ((size, size), (size,), (size, size))
+        ]
+        self.shifts = []
+
+    def transform(self) -> OnlineKronecker:
+        (left, left_inverse), (right, right_inverse) = (
+            _by_singular_values(*self.scales[start : start + 3]) for start in (0, 3)
+        )
+        return OnlineKronecker(self._site, left, right, (left_inverse, right_inverse))
+
+    def report(self) -> dict[str, float]:
+        with torch.no_grad():
+            spreads = [t.max() - t.min() for t in (self.scales[1], self.scales[4])]
+            return {"condition": float(torch.stack(spreads).sum().exp())}
+
+
+def _by_singular_values(first: Tensor, logs: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix and its inverse."""
+    before, after = _cayley(first), _cayley(second)
+    return (before * logs.exp()) @ after.T, (after * (-logs).exp()) @ before.T
+
+
+def _cayley(parameters: Tensor) -> Tensor:
+    skew = parameters - parameters.T
+    eye = torch.eye(len(skew), dtype=skew.dtype, device=skew.device)
+    return torch.linalg.solve(eye + skew, eye - skew)
+
+
 def learned_at(
     site: Site,
     weights: Weights,
@@ -168,13 +207,18 @@ def learned_at(
     full: bool,
     shifts: bool,
     online: bool = False,
+    kronecker: bool = False,
 ) -> Learned | None:
     """The parameters for a site, or None where nothing of the kind can stand.
 
     weights: float32 or float64, the precision of what is learned. full: matrices per head where the group has them,
     else diagonals. shifts: where biases can carry one. online: a full matrix behind a norm, which then runs.
+    kronecker: a Kronecker product before all linear layers, which runs, and nothing that folds there.
     """
     like = next(iter(weights.values()))
+    if kronecker and not isinstance(site, QueryKey):
+        width = weights[f"{site.readers[0]}.weight"].shape[1]
+        return _Kronecker(site, factors_of(width), like)
     if isinstance(site, NormSite):
         carried = shifts and _have_bias(weights, site.norm, *site.readers)
         width = weights[f"{site.norm}.weight"].numel()

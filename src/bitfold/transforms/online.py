@@ -49,39 +49,57 @@ class OnlineHadamard(Transform):
 
 @dataclass(frozen=True)
 class OnlineKronecker(Transform):
-    """x' = vec(leftᵀ X right): A⁻¹ = left ⊗ right, [a, a] and [b, b], of any input of linear layers."""
+    """x' = vec(leftᵀ X right): A⁻¹ = left ⊗ right, [a, a] and [b, b], of any input of linear layers.
+
+    Multiplied with a product of the same sizes that runs there already. inverses: of left and right, where known.
+    """
 
     site: Site
     left: Tensor
     right: Tensor
+    inverses: tuple[Tensor, Tensor] | None = None
+
+    def joins(self, weights: Weights) -> bool:
+        return f"{self.site.runs_at}.{ONLINE}.left" in weights
 
     @property
     def matrix(self) -> Tensor:
-        return torch.linalg.inv(self.inverse)
+        left, right = self._inverses
+        return _dense({"left": left, "right": right}, left)
 
     @property
     def inverse(self) -> Tensor:
         return _dense({"left": self.left, "right": self.right}, self.left)
 
+    @property
+    def _inverses(self) -> tuple[Tensor, Tensor]:
+        return self.inverses or (_inverse(self.left), _inverse(self.right))
+
     def fold(
         self, weights: Weights, heads: Heads, storage: torch.dtype | None = None
     ) -> dict[str, Tensor]:
-        # What runs is rounded first, and the readers take what is left.
         like = weights[f"{self.site.readers[0]}.weight"]
-        stored = {
-            name: value if storage is None else value.to(storage).to(value.dtype)
-            for name, value in (("left", self.left), ("right", self.right))
-        }
-        read_back = {
-            name: torch.linalg.inv(value.double()).T.to(value.dtype)
-            for name, value in stored.items()
-        }
-        folded = dict(weights)
-        folded |= _named(self.site, {name: value.to(like) for name, value in stored.items()})
+        folded, read_back = dict(weights), {}
+        for name, factor, inverse in zip(
+            ("left", "right"), (self.left, self.right), self._inverses, strict=True
+        ):
+            stored = f"{self.site.runs_at}.{ONLINE}.{name}"
+            before = weights[stored].to(factor) if stored in weights else None
+            after = factor if before is None else before @ factor
+            if storage is not None:
+                # What runs is rounded first, and the readers take what is left.
+                after = after.to(storage).to(after.dtype)
+                inverse = _inverse(after) if before is None else _inverse(after) @ before
+            folded[stored] = after.to(like.dtype)
+            read_back[name] = inverse.T
         for reader in self.site.readers:
             weight = weights[f"{reader}.weight"]
             folded[f"{reader}.weight"] = apply_map(weight.to(self.left.dtype), read_back).to(weight)
         return folded
+
+
+def _inverse(matrix: Tensor) -> Tensor:
+    return torch.linalg.inv(matrix.double()).to(matrix.dtype)
 
 
 def _named(site: Site, tensors: Weights) -> dict[str, Tensor]:

@@ -16,11 +16,10 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from scipy.linalg import hadamard
 from torch import Tensor
 
 from bitfold.models.family import NormSite, QueryKey, Site, ValueOutput
-from bitfold.numerics import MapShape, Scheme
+from bitfold.numerics import MapShape, Scheme, hadamard_matrix, hadamard_size
 from bitfold.part import Need
 from bitfold.statistics import InputStatistics
 from bitfold.transforms.diagonal import reader_weights
@@ -32,7 +31,7 @@ __all__ = ["Wush", "closed_form"]
 
 class Wush(SiteTransform):
     """damping: share of the mean moment that is added to each moment's diagonal, so that both are invertible.
-    rotate: end with the Hadamard matrix (sizes that are a power of two), or keep the singular basis (`none`).
+    rotate: end with the Hadamard matrix (sizes that have one), or keep the singular basis (`none`).
     norms: `none`: nothing behind norms; or `online`, the closed form of the whole width there, which then runs."""
 
     needs = frozenset[Need]({"gram", "rows"})
@@ -123,8 +122,8 @@ def closed_form(
     lower_w, lower_x = (_cholesky(moment, damping) for moment in (moment_w, moment_x))
     u, s, _ = torch.linalg.svd(lower_w.transpose(1, 2) @ lower_x)
     basis = torch.eye(size, dtype=u.dtype, device=u.device)
-    if rotate and size & (size - 1) == 0:
-        basis = torch.from_numpy(hadamard(size)).to(u) / size**0.5
+    if rotate and hadamard_size(size) == size:
+        basis = hadamard_matrix(size).to(u) / size**0.5
     t = basis @ (s.rsqrt().unsqueeze(-1) * (u.transpose(1, 2) @ lower_w.transpose(1, 2)))
     # x' = x Tᵀ is x A⁻¹.
     inverse = t.transpose(1, 2)
