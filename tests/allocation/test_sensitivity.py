@@ -1,5 +1,8 @@
 """Sensitivities against transformers' own model with the same weights rounded."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -12,12 +15,21 @@ from models_zoo import TOKENS, Zoo
 
 SCHEME = Scheme.parse("w4a16g32").weight
 assert SCHEME is not None
-OPTIONS = {"dtype": torch.float32, "storage": torch.float32}
 
 
 def nearest(weight: torch.Tensor, scheme: TensorScheme) -> torch.Tensor:
     limits = torch.aminmax(to_groups(weight, scheme), dim=-1, keepdim=True)
     return QuantizedTensor.from_limits(weight, *limits, scheme, torch.float32).dequantize()
+
+
+def rounder(index: int, weights: dict[str, torch.Tensor], given: torch.Tensor) -> Any:
+    def rounded(names: Sequence[str], scheme: TensorScheme) -> dict[str, torch.Tensor]:
+        return {name: nearest(weights[f"{name}.weight"], scheme) for name in names}
+
+    return rounded
+
+
+OPTIONS = {"dtype": torch.float32, "rounder": rounder}
 
 
 def reference(zoo: Zoo, family: str, layers: list[str], candidate: Candidate) -> float:
@@ -52,6 +64,26 @@ def test_against_transformers(checkpoint: Zoo, family: str, per: str) -> None:
             found = measured[group.name][candidate.name]
             assert found == pytest.approx(expected, rel=2e-2, abs=2e-6)
         assert measured[group.name]["3g32"] > measured[group.name]["8g32"] >= 0
+
+
+@pytest.mark.parametrize("per", ["layer", "kind"])
+def test_who_rounds_is_shown_what_the_original_gives(checkpoint: Zoo, per: str) -> None:
+    """Of every block that a group touches, whatever was rounded before it."""
+    skeleton = Skeleton(Checkpoint(checkpoint("llama", torch.float32)))
+    groups = layer_groups(skeleton.family, 2, per=per, fuse=True)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint("llama", torch.float32))
+    with torch.no_grad():
+        states = model(TOKENS, output_hidden_states=True).hidden_states
+    seen = []
+
+    def looking(index: int, weights: dict[str, torch.Tensor], given: torch.Tensor) -> Any:
+        assert torch.allclose(given, states[index], atol=1e-5)
+        seen.append(index)
+        return rounder(index, weights, given)
+
+    offered = candidates(SCHEME, (16, 2), ())
+    measure(skeleton, dict.fromkeys(groups, offered), TOKENS, dtype=torch.float32, rounder=looking)
+    assert seen == [0, 1]
 
 
 def test_goes_on_and_repeats(checkpoint: Zoo) -> None:

@@ -63,6 +63,15 @@ def test_artifacts_of_turned_models_load_and_are_better(
     assert change < 0.05
 
 
+def test_where_possible_leaves_what_takes_none_as_it_is(tmp_path: Path) -> None:
+    recipe = Recipe.make("rotation", set=["rotation.where_possible=true"])
+    for family, turned in (("gemma3", False), ("llama", True)):
+        skeleton = skeleton_for(
+            Checkpoint(build(family, torch.float32, tmp_path / family)), recipe, CPU
+        )
+        assert isinstance(skeleton, TurnedSkeleton) == turned
+
+
 @pytest.mark.parametrize(
     ("family", "turned"),
     [

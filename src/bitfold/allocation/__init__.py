@@ -5,7 +5,7 @@ from bitfold.allocation.latency import read_latencies
 from bitfold.allocation.options import Budget, Mixed
 from bitfold.allocation.pareto import Point, pareto_curve
 from bitfold.allocation.programme import Limit, choose, smallest
-from bitfold.allocation.sensitivity import Measured, measure
+from bitfold.allocation.sensitivity import Measured, RoundedLayers, Rounder, measure
 
 __all__ = [
     "Budget",
@@ -15,6 +15,8 @@ __all__ = [
     "Measured",
     "Mixed",
     "Point",
+    "RoundedLayers",
+    "Rounder",
     "candidates",
     "choose",
     "layer_groups",

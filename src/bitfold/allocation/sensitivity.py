@@ -3,8 +3,8 @@
 The windows go through the original once. From the first block that a group touches on, one stream of them for every
 candidate goes through the remaining blocks, all these streams together, so that a block's weights are read once for
 all of them. Peak memory: a block, what stands outside the blocks, and
-(groups that start at a block) · candidates streams. Only weights are rounded, to nearest between their extremes:
-inputs are quantized alike whatever the choice.
+(groups that start at a block) · candidates streams. Only weights are rounded, by what the caller brings: inputs are
+quantized alike whatever the choice.
 """
 
 import math
@@ -17,14 +17,20 @@ from torch import Tensor
 from bitfold.allocation.candidates import Candidate, LayerGroup
 from bitfold.evaluate.statistics import token_statistics
 from bitfold.models.skeleton import Skeleton
-from bitfold.numerics import QuantizedTensor, TensorScheme, to_groups
-from bitfold.ranges import MinMax
+from bitfold.numerics import TensorScheme
 
-__all__ = ["Measured", "measure"]
+__all__ = ["Measured", "RoundedLayers", "Rounder", "measure"]
 
 Measured = dict[str, dict[str, float]]
 """Name of the group → name of the candidate → mean KL in nats per token; a candidate whose logits are not finite is
 not there."""
+
+RoundedLayers = Callable[[Sequence[str], TensorScheme], dict[str, Tensor]]
+"""Layers of a block by name, and a scheme → their weights once rounded, [out, in] each."""
+
+Rounder = Callable[[int, Mapping[str, Tensor], Tensor], RoundedLayers]
+"""A block's index, its weights, and what the original is given there [windows, length, hidden] → how its layers are
+rounded."""
 
 _TOKENS_PER_BATCH = 2048
 
@@ -45,7 +51,7 @@ def measure(
     tokens: Tensor,
     *,
     dtype: torch.dtype,
-    storage: torch.dtype,
+    rounder: Rounder,
     known: Measured | None = None,
     save: Callable[[Measured], None] = lambda measured: None,
     report: Callable[[int, int, str], None] = lambda done, total, what: None,
@@ -53,7 +59,7 @@ def measure(
     """Mean KL to the original over the predicted tokens of windows [windows, length], for every candidate of every
     group.
 
-    storage: the dtype of scales. known: what an earlier run measured; save: is given all that is measured after
+    rounder: how layers are rounded. known: what an earlier run measured; save: is given all that is measured after
     every block. report: number of passes through a block done, of all, and what is being measured.
     """
     measured = dict(known or {})
@@ -83,13 +89,18 @@ def measure(
             for group in groups
             for candidate in _rounding(choices[group])
         ]
+        given = before
         for index in range(first, count):
             weights = skeleton.load_block(index, dtype)
+            layers = rounder(index, weights, given) if _touched(groups, index) else None
             for stream in streams:
                 report(done, sum(passes.values()), f"sensitivity of block {first + 1} of {count}")
-                rounded = _rounded(weights, stream, index, storage)
+                rounded = weights if layers is None else _rounded(weights, stream, index, layers)
                 _advance(skeleton, index, rounded, stream.hidden)
                 done += 1
+            if any(_touched(groups, later) for later in range(index + 1, count)):
+                given = given.clone()
+                _advance(skeleton, index, weights, given)
         measured |= {
             group.name: {c.name: 0.0 for c in choices[group] if c.scheme is None}
             for group in groups
@@ -106,20 +117,19 @@ def _rounding(choices: Sequence[Candidate]) -> list[Candidate]:
     return [candidate for candidate in choices if candidate.scheme is not None]
 
 
+def _touched(groups: Sequence[LayerGroup], index: int) -> bool:
+    """Whether one of the groups has layers in a block."""
+    return any(group.within(index) for group in groups)
+
+
 def _rounded(
-    weights: Mapping[str, Tensor], stream: _Stream, index: int, storage: torch.dtype
+    weights: Mapping[str, Tensor], stream: _Stream, index: int, layers: RoundedLayers
 ) -> dict[str, Tensor]:
     """A block's weights, those of the group rounded."""
     scheme = stream.candidate.scheme
     assert scheme is not None
-    names = [f"{name}.weight" for name in stream.group.within(index)]
-    return dict(weights) | {name: _nearest(weights[name], scheme, storage) for name in names}
-
-
-def _nearest(weight: Tensor, scheme: TensorScheme, storage: torch.dtype) -> Tensor:
-    limits = MinMax().limits(to_groups(weight, scheme), scheme)
-    rounded = QuantizedTensor.from_limits(weight, *limits, scheme, storage)
-    return rounded.dequantize(weight.dtype)
+    values = layers(stream.group.within(index), scheme)
+    return dict(weights) | {f"{name}.weight": value for name, value in values.items()}
 
 
 def _advance(skeleton: Skeleton, index: int, weights: Mapping[str, Tensor], hidden: Tensor) -> None:

@@ -303,7 +303,7 @@ def _with_choice(
         "key": search.key,
         "notes": [
             *search.text.notes,
-            f"mixed precision: layers {mean}; the sum of their measured sensitivities, each rounded to nearest alone, "
+            f"mixed precision: layers {mean}; the sum of their measured sensitivities, each rounded alone, "
             f"is a KL of {point['kl']:.4f} nats",
         ],
     }

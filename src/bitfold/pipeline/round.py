@@ -17,7 +17,7 @@ from bitfold.rounding import BlockLoss, BlockRounding, Layer, Nearest
 from bitfold.statistics import InputStatistics
 from bitfold.transforms.block_transform import Clipping
 
-__all__ = ["round_block"]
+__all__ = ["limits_of", "round_block"]
 
 
 def round_block(
@@ -110,10 +110,10 @@ def _layer(
     for correction in recipe.corrections:
         assert statistics is not None
         weight = correction.apply(weight, scheme, statistics)
-    return Layer(weight, _limits(weight, scheme, recipe, statistics, clipping), scheme)
+    return Layer(weight, limits_of(weight, scheme, recipe, statistics, clipping), scheme)
 
 
-def _limits(
+def limits_of(
     weight: Tensor,
     scheme: TensorScheme,
     recipe: Recipe,

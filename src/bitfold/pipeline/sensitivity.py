@@ -19,6 +19,7 @@ from bitfold.models.skeleton import Skeleton
 from bitfold.pipeline.asked import resolve_recipe, several
 from bitfold.pipeline.job import read_calibration
 from bitfold.pipeline.plan import Plan, make_plan
+from bitfold.pipeline.trial import trial_rounder, trial_rounding
 from bitfold.pipeline.turned import skeleton_for
 from bitfold.pipeline.workdir import writing
 from bitfold.recipe import Recipe
@@ -198,7 +199,7 @@ def measure(
         search.choices,
         search.text.tokens,
         dtype=search.dtype,
-        storage=search.plan.storage,
+        rounder=trial_rounder(search.skeleton, search.plan),
         known=store.read(search.key) if store else None,
         save=save,
         report=report,
@@ -237,6 +238,10 @@ def _key(search: Search, choices: dict[LayerGroup, tuple[Candidate, ...]]) -> st
         ],
         "text": search.text.sha256,
         "turned": turned and [type(turned).__name__, turned.model_dump(mode="json"), recipe.seed],
+        "rounding": [
+            type(trial_rounding(recipe)).__name__,
+            recipe.model_dump(mode="json")["weight_range"],
+        ],
         "dtypes": [str(search.dtype), str(search.plan.storage)],
         "device": search.skeleton.device.type,
     }

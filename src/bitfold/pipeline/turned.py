@@ -21,18 +21,18 @@ _LARGEST_CHANGE_HALF = 5e-2
 def skeleton_for(checkpoint: Checkpoint, recipe: Recipe, device: torch.device) -> Skeleton:
     """The network as the recipe wants to see it."""
     transform = recipe.stream_transform
-    if transform is None or transform.where_free:
-        plain = Skeleton(checkpoint, device)
-        free = plain.family.stream(plain.config) is not None and not plain.ties_head
-        if transform is None or not free:
-            return plain
-    skeleton = TurnedSkeleton(checkpoint, device, untied=True)
-    stream = skeleton.family.stream(skeleton.config)
+    plain = Skeleton(checkpoint, device)
+    stream = plain.family.stream(plain.config)
+    if transform is None or (transform.where_free and (stream is None or plain.ties_head)):
+        return plain
+    if stream is None and transform.where_possible:
+        return plain
     if stream is None:
         raise RecipeError(
             f"The residual stream of {checkpoint.path} takes no rotation, because norms stand behind the halves of "
             "its blocks: leave the rotation out."
         )
+    skeleton = TurnedSkeleton(checkpoint, device, untied=True)
     size = skeleton.config.hidden_size
     skeleton.turn(transform.matrix(size, keeps_ones=stream.reads_mean, seed=recipe.seed))
     return skeleton

@@ -14,9 +14,11 @@ class StreamTransform(SiteTransform):
 
     where_free: only of a model that pays nothing for it, its head being a tensor of its own already; others, and those
     whose norms allow none, stay as they are. Without it a tied head is untied, which is size.
+    where_possible: models whose norms allow none stay as they are, instead of being refused.
     """
 
     where_free: bool = False
+    where_possible: bool = False
 
     @abstractmethod
     def matrix(self, size: int, *, keeps_ones: bool, seed: int) -> Tensor:
