@@ -6,8 +6,10 @@ from bitfold.numerics.fp4 import global_scale, scale_dtype_of
 from bitfold.numerics.packing import pack, packed_width, unpack
 from bitfold.numerics.quantize import (
     dequantize,
+    dynamic_scale_and_zero,
     fake_quantize,
     fake_quantize_dynamic,
+    fake_quantize_static,
     from_groups,
     quantize,
     scale_and_zero,
@@ -23,9 +25,11 @@ __all__ = [
     "TensorScheme",
     "blocks_product",
     "dequantize",
+    "dynamic_scale_and_zero",
     "entries_of",
     "fake_quantize",
     "fake_quantize_dynamic",
+    "fake_quantize_static",
     "from_groups",
     "global_scale",
     "linear_blocks",
