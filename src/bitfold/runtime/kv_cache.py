@@ -25,7 +25,7 @@ from bitfold.models.family import head_counts
 from bitfold.numerics import TensorScheme
 from bitfold.runtime.attention import HeadName, HeadQuantizers, head_quantizers
 from bitfold.runtime.packed_heads import Coding, PackedHeads, can_pack
-from bitfold.runtime.taken_over import take_over
+from bitfold.runtime.taken_over import compressed_heads, take_over
 from bitfold.runtime.token_groups import KeysSeen, full_tokens
 
 __all__ = [
@@ -44,6 +44,9 @@ TOKENS_OF_A_GROUP = 32
 
 class PackedLayer(DynamicLayer):
     """The cache of one attention, in few bits; `keys` and `values` are what of it is not packed."""
+
+    keys: Tensor | None
+    values: Tensor | None
 
     def __init__(self, key: Coding, value: Coding) -> None:
         super().__init__()
@@ -266,12 +269,9 @@ def default_schemes(bits: int, head_dim: int) -> tuple[TensorScheme, TensorSchem
 
 def quantizes_cache(model: PreTrainedModel) -> bool:
     """Whether the model is an artifact that quantizes keys or values in a way that a cache can store."""
-    take_over(model)
-    return any(
-        _can_store(found)
-        for module in model.modules()
-        if (found := head_quantizers(module)) is not None
-    )
+    own = (head_quantizers(module) for module in model.modules())
+    found = [one for one in (*own, *compressed_heads(model).values()) if one is not None]
+    return any(_can_store(one) for one in found)
 
 
 def quantized_cache(
@@ -283,7 +283,8 @@ def quantized_cache(
 ) -> PackedCache:
     """An empty cache for one or several sequences of a model.
 
-    An artifact that quantizes keys and values is given a cache by its own scheme. For any other model say `bits`, for
+    An artifact that quantizes keys and values is given a cache by its own scheme; one in the compressed-tensors format
+    then runs with bitfold's attention, which gives the same numbers. For any other model say `bits`, for
     `default_schemes`, or schemes of keys and values that are dynamic; one that is left out leaves them as they are.
 
     Layers that it has no packed form for (other kinds than full and sliding attention, other grids than integers) are
@@ -301,6 +302,7 @@ def quantized_cache(
         )
     ordinary = DynamicCache(config=model.config).layers
     if own:
+        take_over(model)
         codings = _codings_of_artifact(model)
     else:
         codings = dict.fromkeys(range(len(ordinary)), _codings_asked(model, bits, key, value))

@@ -14,32 +14,45 @@ from bitfold.runtime.attention import (
     set_head_quantizers,
 )
 
-__all__ = ["take_over"]
+__all__ = ["compressed_heads", "take_over"]
+
+# compressed-tensors' own, of a module whose quantization is to pass things on as they are.
+_SWITCH = "quantization_enabled"
 
 
-def take_over(model: PreTrainedModel) -> None:
-    """Have bitfold's attention quantize queries, keys and values where compressed-tensors does; a model without any, or
-    where some are in a way that bitfold does not write, stays as it is."""
+def compressed_heads(model: PreTrainedModel) -> dict[nn.Module, HeadQuantizers]:
+    """How compressed-tensors quantizes queries, keys and values, by attention module; nothing where it does not, or
+    anywhere in a way that bitfold does not write."""
     found = {
         module: arguments
         for module in model.modules()
         if (arguments := _arguments(module)) is not None
     }
-    schemes = {module: _scheme(arguments) for module, arguments in found.items()}
-    if not schemes or any(scheme is None for scheme in schemes.values()):
-        return
     # Only where compressed-tensors quantizes queries has it an attention function of its own.
     queries = model.config._attn_implementation not in ("sdpa", ATTENTION)
-    for module, scheme in schemes.items():
-        set_head_quantizers(module, HeadQuantizers(scheme if queries else None, scheme, scheme))
+    result: dict[nn.Module, HeadQuantizers] = {}
+    for module, arguments in found.items():
+        scheme = _scheme(arguments)
+        if scheme is None:
+            return {}
+        result[module] = HeadQuantizers(scheme if queries else None, scheme, scheme)
+    return result
+
+
+def take_over(model: PreTrainedModel) -> None:
+    """Have bitfold's attention quantize what `compressed_heads` finds, from now on; the same numbers."""
+    found = compressed_heads(model)
+    for module, quantizers in found.items():
+        set_head_quantizers(module, quantizers)
         follow_cache(module)
-        module.quantization_enabled = False  # its own switch
-    model.set_attn_implementation(ATTENTION)
+        setattr(module, _SWITCH, False)
+    if found:
+        model.set_attn_implementation(ATTENTION)
 
 
 def _arguments(attention: nn.Module) -> Any:
     """How compressed-tensors quantizes keys and values of an attention; None where it does not, or not any more."""
-    if not hasattr(attention, "kv_cache") or not getattr(attention, "quantization_enabled", True):
+    if not hasattr(attention, "kv_cache") or not getattr(attention, _SWITCH, True):
         return None
     return getattr(getattr(attention, "quantization_scheme", None), "input_activations", None)
 
