@@ -42,9 +42,11 @@ def coding(kind: str, bits: int, *, symmetric: bool = False) -> Coding:
     return Coding(scheme, scale, None if symmetric else zero)
 
 
-def heads(tokens: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+def heads(
+    tokens: int, seed: int = 0, dtype: torch.dtype = torch.float32, size: int = SIZE
+) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(BATCH, HEADS, tokens, SIZE, generator=generator).to(dtype)
+    return torch.randn(BATCH, HEADS, tokens, size, generator=generator).to(dtype)
 
 
 def simulated(x: Tensor, how: Coding) -> Tensor:
@@ -97,7 +99,7 @@ def test_codes_are_inside_the_grid_and_errors_below_half_a_step(seed: int, bits:
     how = coding("channel of tokens", bits)
     packed = stored(x, how, [8])
     assert packed.codes is not None
-    codes = unpack(packed.codes.flatten(0, 2), bits, SIZE)
+    codes = unpack(packed.codes.flatten(0, 2).view(torch.int32), bits, SIZE)
     assert codes.min() >= -(2 ** (bits - 1))
     assert codes.max() <= 2 ** (bits - 1) - 1
     expected = round_tensor(x.transpose(-1, -2).numpy(), 8, bits, symmetric=False)
@@ -112,17 +114,21 @@ def test_codes_are_inside_the_grid_and_errors_below_half_a_step(seed: int, bits:
     assert bool((error <= step / 2 * (1 + 1e-9)).all())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [16, 80])
+@pytest.mark.parametrize("kind", ["token", "group", "channel of tokens", "head"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_the_bytes(kind: str, bits: int) -> None:
+def test_the_bytes(kind: str, bits: int, size: int) -> None:
+    """Rows of codes are as long as they have to be, to the byte."""
     tokens, how = 27, coding(kind, bits)
-    packed = stored(heads(tokens, dtype=torch.bfloat16), how, [20, 7])
+    x = heads(tokens, dtype=torch.bfloat16, size=size)
+    packed = stored(x, how, [20, 7])
+    assert torch.equal(packed.read(), simulated(x, how))
     full = full_tokens(tokens, how.tokens)
-    scales = {"token": full, "group": full * SIZE // 16, "channel of tokens": full // 8 * SIZE}
+    scales = {"token": full, "group": full * size // 16, "channel of tokens": full // 8 * size}
     rows = BATCH * HEADS
-    expected = rows * full * math.ceil(SIZE * bits / 32) * 4  # codes
+    expected = rows * full * math.ceil(size * bits / 8)  # codes
     expected += rows * scales.get(kind, 0) * (2 + 1)  # scales in bfloat16, zero-points in int8
-    expected += rows * (tokens - full) * SIZE * 2  # what is not packed yet
+    expected += rows * (tokens - full) * size * 2  # what is not packed yet
     assert packed.nbytes == expected
 
 

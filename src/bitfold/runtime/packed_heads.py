@@ -4,10 +4,12 @@ What comes out is what `runtime/attention.py` makes of the same keys or values, 
 arithmetic, and scales are kept in the dtype in which they were computed.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bitfold.numerics import (
@@ -47,7 +49,7 @@ def can_pack(scheme: TensorScheme | None) -> bool:
 class PackedHeads:
     """Keys or values [batch, heads, tokens, head_dim] that grow at the end.
 
-    codes: [batch, heads, packed tokens, ⌈head_dim · bits / 32⌉] int32, each row packed densely.
+    codes: [batch, heads, packed tokens, ⌈head_dim · bits / 8⌉] uint8, each row packed densely.
     scale: [batch, heads, packed tokens, groups], or [batch, heads, groups of tokens, head_dim]; zero: the same, int8.
            Both None where they are static.
     rest:  [batch, heads, tokens, head_dim], the newest that do not fill a group yet; all, without a scheme.
@@ -146,7 +148,8 @@ class PackedHeads:
         )
         assert scale is not None
         codes = self._ungrouped(quantize(groups, scale, zero, scheme))
-        packed = pack(codes.flatten(0, 2), scheme.bits).unflatten(0, x.shape[:3])
+        words = pack(codes.flatten(0, 2), scheme.bits).view(torch.uint8)
+        packed = words[:, : math.ceil(self.size * scheme.bits / 8)].unflatten(0, x.shape[:3])
         if scheme.static:
             return packed, None, None
         return packed, scale[..., 0], None if zero is None else zero[..., 0].to(torch.int8)
@@ -154,7 +157,8 @@ class PackedHeads:
     def _decode(self, packed: Tensor, scale: Tensor | None, zero: Tensor | None) -> Tensor:
         scheme = self.coding.scheme
         assert scheme is not None
-        codes = unpack(packed.flatten(0, 2), scheme.bits, self.size).unflatten(0, packed.shape[:3])
+        words = F.pad(packed, (0, -packed.shape[-1] % 4)).flatten(0, 2).view(torch.int32)
+        codes = unpack(words, scheme.bits, self.size).unflatten(0, packed.shape[:3])
         if scale is None:
             scale, zero = self._static(self.rest.dtype)
         else:
@@ -188,5 +192,5 @@ class PackedHeads:
 
 def _joined(held: Tensor | None, added: Tensor | None) -> Tensor | None:
     if held is None or added is None:
-        return added
+        return None if added is None else added.clone()
     return torch.cat([held, added], dim=2)
