@@ -24,6 +24,9 @@ from bitfold.runtime.token_groups import full_tokens
 
 __all__ = ["Coding", "PackedHeads", "can_pack"]
 
+_NUMBERS = 2**20
+"""So many are read back at once."""
+
 
 @dataclass(frozen=True)
 class Coding:
@@ -97,8 +100,17 @@ class PackedHeads:
         """[batch, heads, tokens, head_dim] in the dtype of what was appended."""
         if self.codes is None:
             return self.rest
-        values = self._decode(self.codes, self.scale, self.zero)
-        return torch.cat([values, self.rest], dim=2) if self.rest.shape[2] else values
+        batch, count, packed = self.codes.shape[:3]
+        values = self.rest.new_empty(batch, count, self.tokens, self.size)
+        values[:, :, packed:] = self.rest
+        # In portions, whose many intermediate forms stay in a core's cache and take no memory to speak of.
+        step = self.coding.tokens * max(
+            1, _NUMBERS // (batch * count * self.size * self.coding.tokens)
+        )
+        for start in range(0, packed, step):
+            tokens = slice(start, min(start + step, packed))
+            values[:, :, tokens] = self._decode(*self._parts(tokens))
+        return values
 
     def drop_first(self, count: int) -> int:
         """Forget at most so many of the oldest tokens, whole groups; returns how many those were."""
@@ -106,7 +118,7 @@ class PackedHeads:
         if self.coding.scheme is None:
             self.rest = self.rest[:, :, count:].clone()
         elif count:
-            self._keep(slice(count, None))
+            self._keep(slice(count, self.packed))
         return count
 
     def drop_last(self, count: int) -> None:
@@ -131,12 +143,18 @@ class PackedHeads:
 
     def _keep(self, tokens: slice) -> None:
         """Of the packed tokens only some, whole groups."""
-        size = self.coding.tokens
-        stop = None if tokens.stop is None else tokens.stop // size
-        groups = slice(tokens.start // size, stop)
-        self.codes = None if self.codes is None else self.codes[:, :, tokens].clone()
-        self.scale = None if self.scale is None else self.scale[:, :, groups].clone()
-        self.zero = None if self.zero is None else self.zero[:, :, groups].clone()
+        codes, scale, zero = self._parts(tokens)
+        self.codes = codes.clone()
+        self.scale = None if scale is None else scale.clone()
+        self.zero = None if zero is None else zero.clone()
+
+    def _parts(self, tokens: slice) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Codes, scale and zero-point of some packed tokens, whole groups."""
+        assert self.codes is not None
+        groups = slice(tokens.start // self.coding.tokens, tokens.stop // self.coding.tokens)
+        scale = None if self.scale is None else self.scale[:, :, groups]
+        zero = None if self.zero is None else self.zero[:, :, groups]
+        return self.codes[:, :, tokens], scale, zero
 
     def _encode(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Codes, and scale and zero-point where they are not static, of whole groups."""
@@ -157,7 +175,8 @@ class PackedHeads:
     def _decode(self, packed: Tensor, scale: Tensor | None, zero: Tensor | None) -> Tensor:
         scheme = self.coding.scheme
         assert scheme is not None
-        words = F.pad(packed, (0, -packed.shape[-1] % 4)).flatten(0, 2).view(torch.int32)
+        padded = F.pad(packed, (0, -packed.shape[-1] % 4)).contiguous()
+        words = padded.flatten(0, 2).view(torch.int32)
         codes = unpack(words, scheme.bits, self.size).unflatten(0, packed.shape[:3])
         if scale is None:
             scale, zero = self._static(self.rest.dtype)
