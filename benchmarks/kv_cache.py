@@ -95,7 +95,7 @@ def beginning(model: Path, text: Path, tokens: int) -> str:
     import bitfold
 
     tokenizer = bitfold.load_tokenizer(model)
-    ids = tokenizer(text.read_text()[: 20 * tokens])["input_ids"][:tokens]
+    ids = tokenizer(text.read_text()[: 20 * tokens], verbose=False)["input_ids"][:tokens]
     return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 

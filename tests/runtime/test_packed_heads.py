@@ -84,6 +84,13 @@ def test_the_numbers_of_fake_quantization_to_the_bit(
     assert packed.read().dtype == dtype
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_read_back_in_portions(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, how = heads(61), coding(kind, 3)
+    monkeypatch.setattr("bitfold.runtime.packed_heads._NUMBERS", 7 * BATCH * HEADS * SIZE)
+    assert torch.equal(stored(x, how, [50, 11]).read(), simulated(x, how))
+
+
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.sampled_from(sorted(KINDS)))
 def test_portions_make_no_difference(portions: list[int], kind: str) -> None:
     x, how = heads(sum(portions), seed=sum(portions)), coding(kind, 3)
