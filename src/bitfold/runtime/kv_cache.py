@@ -69,10 +69,10 @@ class PackedLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._fresh = self._before_they_are_packed(key_states) if self.hands_over else None
+        visible = self._visible(key_states.shape[-2])
         self._keys.append(key_states)
         self._values.append(value_states)
         self.length += key_states.shape[-2]
-        visible = self._visible(key_states.shape[-2])
         keys, values = (part.read()[:, :, -visible:] for part in (self._keys, self._values))
         self._forget()
         self._show()
@@ -95,9 +95,7 @@ class PackedLayer(DynamicLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """How many tokens the next pass attends to, and the place of the first."""
         visible = self._visible(query_length)
-        return min(visible, self.length + query_length), max(
-            0, self.length + query_length - visible
-        )
+        return visible, self.length + query_length - visible
 
     def reset(self) -> None:
         """Forget everything."""
@@ -149,12 +147,12 @@ class PackedLayer(DynamicLayer):
         if not self.is_initialized:
             return 0
         batch, heads = self._keys.rest.shape[:2]
-        tokens = min(self.length, self._visible(1) - 1)
+        tokens = self._visible(1) - 1
         return 2 * batch * heads * tokens * (self._keys.size + self._values.size)
 
     def _visible(self, queries: int) -> int:
-        """At most how many tokens a pass attends to."""
-        return max(1, self.length + queries)
+        """How many tokens the next pass attends to, its own included."""
+        return self.length + queries
 
     def _forget(self) -> None:
         """Drop what no later pass attends to."""

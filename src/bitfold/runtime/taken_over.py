@@ -28,14 +28,14 @@ def compressed_heads(model: PreTrainedModel) -> dict[nn.Module, HeadQuantizers]:
         for module in model.modules()
         if (arguments := _arguments(module)) is not None
     }
-    # Only where compressed-tensors quantizes queries has it an attention function of its own.
-    queries = model.config._attn_implementation not in ("sdpa", ATTENTION)
     result: dict[nn.Module, HeadQuantizers] = {}
     for module, arguments in found.items():
         scheme = _scheme(arguments)
         if scheme is None:
             return {}
-        result[module] = HeadQuantizers(scheme if queries else None, scheme, scheme)
+        # Only where it quantizes queries has the module an attention function of its own.
+        query = scheme if hasattr(module, "impl") else None
+        result[module] = HeadQuantizers(query, scheme, scheme)
     return result
 
 
