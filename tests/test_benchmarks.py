@@ -60,6 +60,23 @@ def test_every_variant_can_be_asked_for(module: Any) -> None:
         assert name == "samples" or len(set(recipes)) == len(recipes), name
 
 
+def test_every_granularity_of_the_cache_can_be_asked_for(module: Any) -> None:
+    measuring = module("measuring")
+    recipes = [
+        str(measuring.Asked.parse("rtn", "w16a16kv4", *choice).recipe())
+        for choice in module("kv_cache").GRANULARITIES.values()
+    ]
+    assert len(set(recipes)) == len(recipes)
+
+
+def test_a_cache_fills_the_memory_that_it_says(module: Any) -> None:
+    """8 layers, 8 KV heads of 128 dimensions; keys in groups of 32 tokens, values of 32 dimensions."""
+    tokens, numbers = 512, 8 * 8 * 128 * 512
+    found = module("kv_cache").fill(tokens, 4)
+    assert found["bf16_mb"] * 2**20 == 2 * numbers * 2
+    assert found["cache_mb"] * 2**20 == 2 * numbers * (4 + 24 / 32) / 8
+
+
 def test_what_happened(module: Any) -> None:
     """A run that left the plain way says so, and in which blocks."""
     happened = module("studies").happened

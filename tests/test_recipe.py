@@ -228,7 +228,42 @@ def test_ignore_of_a_file_and_of_the_command_line_add_up(file: Path) -> None:
         ({"set": ["activation.bits=4"]}, "leaves the activation alone"),
         ({"set": ["weight.bits=9"]}, "bits=9"),
         ({"set": ["weight.static=true"]}, "static is for activations"),
-        ({"scheme": "w4a4kv4", "set": ["key.granularity=channel"]}, "granularity=token"),
+        (
+            {"scheme": "w4a4kv4", "set": ["key.granularity=channel"]},
+            "key.group_size=32 for a scale",
+        ),
+        (
+            {"scheme": "w4a4kv4", "set": ["value.granularity=channel"]},
+            "value.static=true$|true\\.$",
+        ),
+        ({"scheme": "w4a4kv4", "set": ["key.granularity=head"]}, "set key.static=true"),
+        ({"scheme": "w4a4kv4", "set": ["value.granularity=tensor"]}, "still to come"),
+        ({"scheme": "w4a16", "set": ["weight.granularity=head"]}, "the weight has no heads"),
+        ({"scheme": "w4a4", "set": ["activation.granularity=head"]}, "the activation has no heads"),
+        (
+            {"scheme": "w4a4kv4", "set": ["value.granularity=channel", "value.group_size=32"]},
+            "only keys have scales for groups of tokens: set value.granularity=group",
+        ),
+        (
+            {"scheme": "w4a4q4", "set": ["query.granularity=channel", "query.group_size=32"]},
+            "only keys have scales for groups of tokens: set query.granularity=group",
+        ),
+        (
+            {
+                "scheme": "w4a4",
+                "set": ["activation.granularity=channel", "activation.group_size=8"],
+            },
+            "no groups of tokens, only keys have",
+        ),
+        (
+            {
+                "scheme": "w4a4kv4",
+                "set": ["key.static=true", "key.granularity=channel", "key.group_size=32"],
+            },
+            "leave out group_size",
+        ),
+        ({"scheme": "w4a4kv4", "set": ["key.granularity=group"]}, "needs a group_size"),
+        ({"scheme": "w4a4kv4", "set": ["key.granularity=head", "key.group_size=8"]}, "goes with"),
         ({"set": ["activation_range=output_error"]}, "only weights have"),
         ({"set": ["weight_range=msee"]}, "did you mean 'mse'"),
         ({"set": ["weight_range={mse: {power: 0}}"]}, "power=0"),
@@ -240,7 +275,7 @@ def test_ignore_of_a_file_and_of_the_command_line_add_up(file: Path) -> None:
         ({"set": ["stream=both"]}, "stream='both'"),
         ({"scheme": "wmxfp4a16", "set": ["weight.symmetric=false"]}, "mxfp4 has no zero-point"),
         ({"scheme": "wnvfp4a16", "set": ["weight.group_size=32"]}, "one scale for every 16 inputs"),
-        ({"scheme": "wmxfp4a16", "set": ["weight.granularity=channel"]}, "group_size goes with"),
+        ({"scheme": "wmxfp4a16", "set": ["weight.granularity=channel"]}, "every 32 inputs"),
         ({"scheme": "w4amxfp4", "set": ["activation.static=true"]}, "leave out static"),
         ({"file": Path("nowhere.yaml")}, "no recipe file"),
     ],

@@ -16,6 +16,7 @@ from bitfold.pipeline.sensitivity import Sensitivity, sensitivity
 from bitfold.pipeline.verify import verify
 from bitfold.recipe import Recipe
 from bitfold.runtime import hf_quantizer as _hf_quantizer  # noqa: F401 - registers the format
+from bitfold.runtime.kv_cache import quantized_cache
 from bitfold.runtime.load import load, load_tokenizer
 from bitfold.version import VERSION as __version__  # noqa: N811
 
@@ -33,6 +34,7 @@ __all__ = [
     "load",
     "load_tokenizer",
     "quantize",
+    "quantized_cache",
     "sensitivity",
     "verify",
 ]

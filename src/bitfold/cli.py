@@ -339,6 +339,12 @@ def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="The text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(help="At most so many new tokens.")] = 64,
+    kv_bits: Annotated[
+        int | None,
+        typer.Option(
+            help="2 to 8: keys and values are stored in so few; default: as the model says."
+        ),
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     json: Json = False,
@@ -346,7 +352,9 @@ def generate(
     """Continue a prompt greedily, and say how fast."""
     from bitfold.evaluate.generation import generate as run
 
-    result = run(model, prompt, max_new_tokens=max_new_tokens, device=device, dtype=dtype)
+    result = run(
+        model, prompt, max_new_tokens=max_new_tokens, device=device, dtype=dtype, kv_bits=kv_bits
+    )
     if json:
         terminal.print_json(result.to_json())
         return
@@ -355,8 +363,12 @@ def generate(
     speed = result.decode_tokens_per_second
     console.print(
         f"[dim]{result.prompt_tokens} prompt tokens in {result.prefill_seconds:.2f} s, {result.new_tokens} new ones"
-        f"{f' at {speed:.1f} a second' if speed else ''}, peak memory {result.peak_rss_mb:.0f} MB[/]"
+        f"{f' at {speed:.1f} a second' if speed else ''}, peak memory {result.peak_rss_mb:.0f} MB\n"
+        f"cache {result.cache_bytes:,} bytes, {result.cache_bytes_per_token:,.0f} a token "
+        f"(in bfloat16 {result.cache_bytes_bf16:,})[/]"
     )
+    for note in result.cache_notes:
+        console.print(f"[dim]{escape(note)}[/]")
 
 
 @app.command(epilog="Example: bitfold demo")

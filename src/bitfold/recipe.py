@@ -245,7 +245,7 @@ class Recipe(BaseModel):
         parts: list[Part] = [*self.transforms, *self.corrections, self.weight_range, self.rounding]
         parts += [] if self.distillation is None else [self.distillation]
         needs = frozenset[Need]().union(*(part.needs for part in parts))
-        needs |= {"rows"} if self.learns_values else set()
+        needs |= {"rows"} if self.calibrates_heads else set()
         return needs | ({"rows", "channels"} if self.calibrates_activations else set())
 
     @property
@@ -255,10 +255,11 @@ class Recipe(BaseModel):
         return any(s.activation is not None and s.activation.calibrated for s in schemes)
 
     @property
-    def learns_values(self) -> bool:
-        """Whether codebooks of values have to be learned."""
+    def calibrates_heads(self) -> bool:
+        """Whether queries, keys or values need something of calibration text: a range, or codebooks."""
         schemes = (self.scheme, *(rule.scheme for rule in self.layers))
-        return any(s.value is not None and s.value.grid == "codebook" for s in schemes)
+        parts = (part for s in schemes for part in (s.query, s.key, s.value) if part is not None)
+        return any(part.static or part.grid == "codebook" for part in parts)
 
     @property
     def calibrates(self) -> bool:
@@ -327,11 +328,11 @@ def _scheme(text: object, overrides: Mapping[tuple[str, ...], Any]) -> Scheme:
                 "choose a scheme that quantizes it."
             )
         fields[tensor][path[0]] = value
-        if tensor == "activation" and path[0] == "static" and value is True:
-            fields[tensor]["granularity"] = "tensor"
+        if tensor != "weight" and path[0] == "static" and value is True:
+            fields[tensor]["granularity"] = overrides.get((tensor, "granularity"), "tensor")
         if path[0] == "grid" and value != "int":
             fields[tensor]["symmetric"] = True
-        if path[0] == "group_size":
+        if path[0] == "group_size" and (tensor, "granularity") not in overrides:
             fields[tensor]["granularity"] = "channel" if value is None else "group"
     for tensor, _ in overrides:
         _make(type(getattr(base, tensor)), f"The scheme of the {tensor}", fields[tensor])

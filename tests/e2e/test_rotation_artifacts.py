@@ -73,6 +73,23 @@ def test_the_cache_goes_on_where_the_prompt_ended(
     assert torch.allclose(step[:, -1], whole[:, -1], atol=1e-5)
 
 
+@pytest.mark.parametrize("choice", [(), ("key.granularity=channel", "key.group_size=4")])
+def test_the_packed_cache_holds_keys_that_were_turned(
+    choice: tuple[str, ...], checkpoint: Zoo, tokens: Path, tmp_path: Path
+) -> None:
+    """Logits of a prompt and of the tokens after it are those of one pass over all."""
+    out = tmp_path / "out"
+    _quantize(checkpoint("llama", FLOAT32), tokens, out, scheme="w4a16q4kv4", set=choice)
+    model = bitfold.load(out, dtype=torch.float64)
+    cache = bitfold.quantized_cache(model)
+    with torch.no_grad():
+        whole = model(TOKENS).logits
+        parts = [
+            model(part, past_key_values=cache).logits for part in TOKENS.split([9, 1, 1, 5, 8], dim=1)
+        ]
+    assert torch.allclose(torch.cat(parts, dim=1), whole, atol=1e-9)
+
+
 def test_all_of_it_folds_if_asked(checkpoint: Zoo, tokens: Path, tmp_path: Path) -> None:
     model = checkpoint("llama", FLOAT32)
     report = _quantize(

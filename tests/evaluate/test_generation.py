@@ -5,11 +5,19 @@ import sys
 import psutil
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
+import bitfold
 from bitfold.assets import DEMO_MODEL
-from bitfold.errors import DataError
+from bitfold.errors import DataError, RecipeError
 from bitfold.evaluate import generate, peak_rss_mb
+from bitfold.runtime.kv_cache import quantized_cache
 from bitfold.runtime.load import load, load_tokenizer
 
 PROMPT = "The European lobster is a species"
@@ -107,6 +115,70 @@ def test_bad_input(tokenizer):
     model.resize_token_embeddings(10)
     with pytest.raises(DataError, match="the model's vocabulary ends at 9"):
         generate(model, PROMPT, tokenizer=tokenizer)
+
+
+def test_an_ordinary_cache_is_measured(tokenizer):
+    model = llama()
+    result = generate(model, PROMPT, tokenizer=tokenizer, max_new_tokens=20)
+    seen = result.prompt_tokens + 19  # the last token is never fed
+    assert result.cache_bytes == 2 * 2 * seen * 32 * 4
+    assert result.cache_bytes_per_token == 2 * 2 * 32 * 4
+    assert result.cache_bytes_bf16 == result.cache_bytes // 2
+    assert result.cache_notes == ()
+
+
+@pytest.mark.parametrize("make", [llama, opt])
+def test_bits_of_the_cache(make, tokenizer):
+    """With 8 the text is as it was; the memory is that of the bits, and the model stays as it is."""
+    model = make()
+    plain = generate(model, PROMPT, tokenizer=tokenizer, max_new_tokens=20)
+    found = {
+        bits: generate(model, PROMPT, tokenizer=tokenizer, max_new_tokens=20, kv_bits=bits)
+        for bits in (8, 4, 2)
+    }
+    assert found[8].tokens == plain.tokens
+    assert found[2].cache_bytes < found[4].cache_bytes < found[8].cache_bytes < plain.cache_bytes
+    assert {one.cache_bytes_bf16 for one in found.values()} == {plain.cache_bytes_bf16}
+    again = generate(model, PROMPT, tokenizer=tokenizer, max_new_tokens=20)
+    assert again.tokens == plain.tokens
+
+
+@pytest.mark.parametrize(
+    "sets", [(), ("key.granularity=channel", "key.group_size=8"), ("key.static=true",)]
+)
+def test_an_artifact_has_its_own_cache(sets, tmp_path):
+    """By itself, and the text is that of an ordinary one, which is fake-quantized in every pass."""
+    bitfold.quantize(DEMO_MODEL, tmp_path / "out", method="rtn", scheme="w4a16kv4", set=sets)
+    packed = generate(tmp_path / "out", PROMPT, max_new_tokens=30, device="cpu")
+    model, tokenizer = load(tmp_path / "out", device="cpu"), load_tokenizer(tmp_path / "out")
+    plain = generate(
+        model,
+        PROMPT,
+        tokenizer=tokenizer,
+        max_new_tokens=30,
+        cache=DynamicCache(config=model.config),
+    )
+    assert packed.tokens == plain.tokens
+    assert packed.cache_bytes < 0.2 * plain.cache_bytes + 32 * plain.cache_bytes_per_token
+    again = generate(
+        model, PROMPT, tokenizer=tokenizer, max_new_tokens=30, cache=quantized_cache(model)
+    )
+    assert again.tokens == packed.tokens
+    assert again.cache_bytes == packed.cache_bytes
+    with pytest.raises(RecipeError, match="a scheme of its own: leave out"):
+        generate(model, PROMPT, tokenizer=tokenizer, kv_bits=4)
+
+
+def test_bad_caches(tokenizer):
+    model = llama()
+    with pytest.raises(RecipeError, match="2 to 8 bits, not 16: choose 4"):
+        generate(model, PROMPT, tokenizer=tokenizer, max_new_tokens=8, kv_bits=16)
+    used = quantized_cache(model, 4)
+    with pytest.raises(DataError, match="has bits of its own: leave out kv_bits"):
+        generate(model, PROMPT, tokenizer=tokenizer, max_new_tokens=8, kv_bits=4, cache=used)
+    generate(model, PROMPT, tokenizer=tokenizer, max_new_tokens=2, cache=used)
+    with pytest.raises(DataError, match="tokens of another text: give an empty one"):
+        generate(model, PROMPT, tokenizer=tokenizer, max_new_tokens=8, cache=used)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere getrusage is all there is")

@@ -43,6 +43,7 @@ FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 
 
 PER_TENSOR = TensorScheme(bits=4, symmetric=False, granularity="tensor")
+STATIC_HEADS = TensorScheme(bits=4, symmetric=False, granularity="tensor", static=True)
 PACKED, ONE_BYTE, FLOAT = "pack-quantized", "int-quantized", "float-quantized"
 MXFP4, NVFP4 = ("mxfp4-pack-quantized", "group"), ("nvfp4-pack-quantized", "tensor_group")
 
@@ -322,8 +323,8 @@ REFUSED = {
     "kv per layer": (by_depth(scheme("w4a16kv4"), scheme("w4a16kv8")), "all layers"),
     "kv in one layer": (by_depth(scheme("w4a16kv4"), scheme("w4a16")), "all layers"),
     "kv per tensor": (
-        everywhere(Scheme(key=PER_TENSOR, value=PER_TENSOR)),
-        "keys and values per token",
+        everywhere(Scheme(key=STATIC_HEADS, value=STATIC_HEADS)),
+        "only per token or group, and dynamic",
     ),
     "keys in mxfp4": (everywhere(scheme("w4a16kvmxfp4")), "mxfp4 for weights and inputs only"),
     "narrow activation": (

@@ -189,9 +189,6 @@ REFUSED = {
     "static per group": everywhere(
         Scheme(activation=TensorScheme(granularity="group", group_size=32, static=True))
     ),
-    "static keys": everywhere(
-        Scheme(key=TensorScheme(granularity="tensor", static=True), value=TOKEN8)
-    ),
 }
 
 

@@ -143,7 +143,7 @@ def test_what_is_impossible(notation: str) -> None:
             "finds a group's scale as it runs: leave out static",
         ),
         ({"granularity": "group"}, "group_size"),
-        ({"group_size": 32}, "group_size"),
+        ({"granularity": "token", "group_size": 32}, "group_size"),
         ({"granularity": "token", "static": True}, "dynamic"),
         ({"bits": 16}, "less than or equal to 8"),
         ({"bit": 4}, "Extra inputs"),

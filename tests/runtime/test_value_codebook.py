@@ -78,7 +78,9 @@ def test_the_attention_sees_quantized_values() -> None:
     plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
     expected = plain(module, query, key, quantize_values(value, codebook), None)[0]
     assert not torch.allclose(expected, plain(module, query, key, value, None)[0])
-    set_head_quantizers(module, HeadQuantizers(None, None, scheme, codebook=codebook))
+    set_head_quantizers(
+        module, HeadQuantizers(None, None, scheme, tensors={VALUE_CODEBOOK: codebook})
+    )
     attend = ALL_ATTENTION_FUNCTIONS[ATTENTION]
     assert torch.equal(attend(module, query, key, value, None)[0], expected)
     set_head_quantizers(module, HeadQuantizers(None, None, scheme))

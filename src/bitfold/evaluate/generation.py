@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from bitfold.data.text import check_vocabulary
 from bitfold.errors import DataError
 from bitfold.evaluate.memory import peak_rss_mb
+from bitfold.runtime.kv_cache import PackedCache, cache_memory, quantized_cache, quantizes_cache
 from bitfold.runtime.load import load, load_tokenizer
 
 __all__ = ["Generation", "generate"]
@@ -29,6 +30,10 @@ class Generation:
     prefill_seconds            from the prompt to the first new token
     decode_tokens_per_second   of the tokens after the first; None if there were none
     peak_rss_mb                MiB the whole process has held so far, loading included
+    cache_bytes                of all tensors that the cache of keys and values holds at the end
+    cache_bytes_per_token      the same over the tokens it has seen
+    cache_bytes_bf16           of an ordinary cache in bfloat16
+    cache_notes                what the user should know of the cache
     """
 
     text: str
@@ -38,10 +43,14 @@ class Generation:
     prefill_seconds: float
     decode_tokens_per_second: float | None
     peak_rss_mb: float
+    cache_bytes: int
+    cache_bytes_per_token: float
+    cache_bytes_bf16: int
+    cache_notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """All fields under their names."""
-        return {**asdict(self), "tokens": list(self.tokens)}
+        return asdict(self) | {"tokens": list(self.tokens), "cache_notes": list(self.cache_notes)}
 
 
 def generate(
@@ -53,14 +62,20 @@ def generate(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     trust_remote_code: bool = False,
+    kv_bits: int | None = None,
+    cache: Cache | None = None,
 ) -> Generation:
     """Continue a prompt with the likeliest token each time, until end-of-sequence or the limit.
 
     The prompt is tokenized with the tokenizer's own special tokens. `model` is a directory, a hub
     name or a loaded model, which then needs a `tokenizer` and stays where and as it is.
 
+    Keys and values are stored in few bits where the model is an artifact whose scheme quantizes them, or where
+    `kv_bits` says so (`runtime/kv_cache.py`). `cache`: an empty one of transformers' kind to use instead.
+
     Raises DataError for a prompt that is empty or does not fit the model's positions together with
-    the new tokens, CheckpointError for checkpoints.
+    the new tokens, and for a cache that is not empty; RecipeError for bits that the cache cannot have, or that a scheme
+    has decided already; CheckpointError for checkpoints.
     """
     if max_new_tokens < 1:
         raise DataError(
@@ -79,13 +94,15 @@ def generate(
     prompt_T = torch.tensor(tokenizer(prompt, verbose=False)["input_ids"], dtype=torch.int64)
     check_vocabulary(prompt_T, model.config.get_text_config().vocab_size)
     _check_fits(model, len(prompt_T), max_new_tokens)
+    cache = _cache(model, kv_bits, cache)
 
     training = model.training
     model.eval()
     try:
-        tokens, prefill_seconds, decode_seconds = _greedy(model, prompt_T, max_new_tokens)
+        tokens, prefill_seconds, decode_seconds = _greedy(model, prompt_T, max_new_tokens, cache)
     finally:
         model.train(training)
+    held = cache_memory(cache)
     return Generation(
         text=tokenizer.decode(tokens, skip_special_tokens=True),
         tokens=tuple(tokens),
@@ -94,7 +111,26 @@ def generate(
         prefill_seconds=prefill_seconds,
         decode_tokens_per_second=(len(tokens) - 1) / decode_seconds if len(tokens) > 1 else None,
         peak_rss_mb=peak_rss_mb(),
+        cache_bytes=held.bytes,
+        cache_bytes_per_token=held.bytes / held.tokens,
+        cache_bytes_bf16=held.bfloat16_bytes,
+        cache_notes=cache.notes if isinstance(cache, PackedCache) else (),
     )
+
+
+def _cache(model: PreTrainedModel, kv_bits: int | None, cache: Cache | None) -> Cache:
+    """The cache that was given, that of `kv_bits` or the model's scheme, or else an ordinary one."""
+    if cache is None:
+        if kv_bits is not None or quantizes_cache(model):
+            return quantized_cache(model, kv_bits)
+        return DynamicCache(config=model.config)
+    if kv_bits is not None:
+        raise DataError("A cache that is given has bits of its own: leave out kv_bits.")
+    if cache.get_seq_length():
+        raise DataError(
+            f"The cache holds {cache.get_seq_length()} tokens of another text: give an empty one."
+        )
+    return cache
 
 
 def _check_fits(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: int) -> None:
@@ -116,13 +152,14 @@ def _check_fits(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: int)
 
 @torch.no_grad()
 def _greedy(
-    model: PreTrainedModel, prompt_T: torch.Tensor, max_new_tokens: int
+    model: PreTrainedModel, prompt_T: torch.Tensor, max_new_tokens: int, cache: Cache
 ) -> tuple[list[int], float, float]:
     """New token ids, and the seconds of prefill and of decoding."""
     ends = _end_tokens(model)
     # Only the last position's logits are needed; a long prompt's all would be gigabytes.
     last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
-    options = {"use_cache": True} | ({"logits_to_keep": 1} if last_only else {})
+    options: dict[str, Any] = {"use_cache": True, "past_key_values": cache}
+    options |= {"logits_to_keep": 1} if last_only else {}
 
     start = time.perf_counter()
     output = model(input_ids=prompt_T[None].to(model.device), **options)
@@ -130,7 +167,7 @@ def _greedy(
     prefilled = time.perf_counter()
     while len(tokens) < max_new_tokens and tokens[-1] not in ends:
         newest = torch.tensor([tokens[-1:]], device=model.device)
-        output = model(input_ids=newest, past_key_values=output.past_key_values, **options)
+        output = model(input_ids=newest, **options)
         tokens.append(int(output.logits[0, -1].argmax()))
     return tokens, prefilled - start, time.perf_counter() - prefilled
 

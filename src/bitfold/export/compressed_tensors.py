@@ -211,7 +211,7 @@ def _unsayable_attention(layout: Layout) -> str | None:
         if scheme.key.fp4:
             return f"it has {scheme.key.grid} for weights and inputs only ({name})"
         if scheme.key.static or scheme.key.granularity not in ("token", "group"):
-            return f"it has only dynamic keys and values per token or group ({name})"
+            return f"bitfold writes keys and values in it only per token or group, and dynamic ({name})"
         if reason := _unsayable_activation(scheme.key):
             return f"{reason} ({name})"
     if _quantizes_queries(layout):

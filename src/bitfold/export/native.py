@@ -5,7 +5,9 @@ Loaded by `bitfold.runtime.hf_quantizer`. Each weight is packed into int32 words
 `weight`, so that a transformers that does not know the format stops at a shape it did not expect;
 it would otherwise warn, make up the weights that it misses, and go on. `attn_implementation` in
 config.json stops it even before. The tensors of a map that runs at a module NAME are NAME.online.…, which
-it would drop: so there must be packed weights wherever there are such maps.
+it would drop: so there must be packed weights wherever there are such maps. What is calibrated of
+an attention's queries, keys and values is NAME.key_scale, NAME.key_zero_point and so on, and NAME.value_codebook
+(`bitfold.runtime.attention.head_tensors`).
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -55,10 +57,6 @@ def choose(layout: Layout) -> Choice | Refusal:
             return Refusal(f"activations have no scale per channel ({name})")
         if activation is not None and activation.static and activation.granularity != "tensor":
             return Refusal(f"static activations have one scale per tensor ({name})")
-    for name, attention in layout.attention.items():
-        scheme = attention.scheme
-        if any(part and part.static for part in (scheme.query, scheme.key, scheme.value)):
-            return Refusal(f"queries, keys and values are dynamic ({name})")
     if layout.online and all(entry.scheme.weight is None for entry in layout.linears.values()):
         return Refusal(
             "maps that run go with quantized weights, or else a transformers without bitfold would drop them unseen"
@@ -153,8 +151,7 @@ def to_tensors(name: str, tensor: QuantizedTensor, format: WeightFormat) -> dict
     NAME.weight_scale: [out, groups] ([1, 1] per tensor) in the scale's dtype, or of mxfp4 and nvfp4 the bytes, uint8.
     NAME.weight_global_scale: [1] float32, of nvfp4 alone.
     NAME.weight_zero_point: [⌈out·bits/32⌉, groups] int32, packed along dim 0; asymmetric only.
-    NAME.weight_codebook: [books, entries, dim] int8; codebooks only. (An attention's NAME.value_codebook is of the same
-        shape, in floating point.)
+    NAME.weight_codebook: [books, entries, dim] int8; codebooks only.
     NAME.weight_kept: [out, n] in the scale's dtype, and NAME.weight_columns: [n] int32, where columns are kept.
     """
     del format

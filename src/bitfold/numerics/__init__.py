@@ -8,8 +8,10 @@ from bitfold.numerics.maps import MapShape, apply_map
 from bitfold.numerics.packing import pack, packed_width, unpack
 from bitfold.numerics.quantize import (
     dequantize,
+    dynamic_scale_and_zero,
     fake_quantize,
     fake_quantize_dynamic,
+    fake_quantize_static,
     from_groups,
     quantize,
     scale_and_zero,
@@ -27,9 +29,11 @@ __all__ = [
     "apply_map",
     "blocks_product",
     "dequantize",
+    "dynamic_scale_and_zero",
     "entries_of",
     "fake_quantize",
     "fake_quantize_dynamic",
+    "fake_quantize_static",
     "from_groups",
     "global_scale",
     "hadamard_matrix",

@@ -26,8 +26,10 @@ __all__ = [
     "NF4_LEVELS",
     "code_dtype",
     "dequantize",
+    "dynamic_scale_and_zero",
     "fake_quantize",
     "fake_quantize_dynamic",
+    "fake_quantize_static",
     "from_groups",
     "quantize",
     "scale_and_zero",
@@ -182,12 +184,33 @@ def fake_quantize_dynamic(
         largest = groups.abs().amax(dim=-1, keepdim=True)
         scale = fp4_scale_dynamic(largest, scheme, global_scale)
         return from_groups(fake_quantize(groups, scale, None, scheme), x.shape)
-    scale, zero = _dynamic_scale_and_zero(groups, scheme)
+    scale, zero = dynamic_scale_and_zero(groups, scheme)
     return from_groups(fake_quantize(groups, scale, zero, scheme), x.shape)
 
 
-def _dynamic_scale_and_zero(groups: Tensor, scheme: TensorScheme) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero-point of the groups' min-max ranges, [..., 1], computed in their dtype."""
+def fake_quantize_static(
+    x: Tensor, scale: Tensor, zero: Tensor | None, scheme: TensorScheme
+) -> Tensor:
+    """Fake quantization with a known scale and zero-point that broadcast over x; same shape and dtype as x.
+
+    Gradients pass the rounding straight through; of what the range clips there are none.
+    """
+    scale, zero = scale.to(x.dtype), None if zero is None else zero.to(x.dtype)
+    rounded = fake_quantize(x.detach(), scale, zero, scheme)
+    if not x.requires_grad:
+        return rounded
+    largest = torch.finfo(x.dtype).max
+    low, high = (
+        fake_quantize(torch.full_like(scale, end), scale, zero, scheme)
+        for end in (-largest, largest)
+    )
+    clipped = torch.clamp(x, low, high)
+    return clipped + (rounded - clipped).detach()
+
+
+def dynamic_scale_and_zero(groups: Tensor, scheme: TensorScheme) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero-point of the groups' min-max ranges, [..., 1], computed in their dtype: those of
+    `fake_quantize_dynamic` (not for fp4)."""
     # Not torch.aminmax, which takes over four times as long as both of these on a CPU.
     minimum, maximum = groups.amin(dim=-1, keepdim=True), groups.amax(dim=-1, keepdim=True)
     minimum, maximum = minimum.clamp(max=0), maximum.clamp(min=0)

@@ -11,7 +11,7 @@ from bitfold.numerics.codebook import CodebookShape
 __all__ = ["GridName", "Scheme", "TensorScheme"]
 
 GridName = Literal["int", "fp8_e4m3", "nf4", "mxfp4", "nvfp4", "codebook"]
-Granularity = Literal["tensor", "channel", "group", "token"]
+Granularity = Literal["tensor", "head", "channel", "group", "token"]
 
 _FIXED_BITS = {"fp8_e4m3": 8, "nf4": 4, "mxfp4": 4, "nvfp4": 4}
 # Grids whose definition says how many consecutive inputs share a scale.
@@ -23,7 +23,14 @@ class TensorScheme(BaseModel):
 
     `granularity` names the elements that share one scale: all of them (`tensor`), a row of a weight
     (`channel`), `group_size` consecutive inputs of a row (`group`), or the last axis of an activation
-    (`token`; for queries, keys and values of shape [batch, head, token, head_dim] that is per token and head).
+    (`token`). For queries, keys and values, [batch, head, token, head_dim], a scale is
+
+    token    of a token and head; `group`: of `group_size` adjacent dimensions of a token and head. Dynamic.
+    channel  of a head and dimension: static, the same for all tokens; or of keys, with `group_size`, found for that
+             many consecutive tokens at once (KIVI, arXiv 2402.02750). The newest tokens, too few for a group, are
+             left as they are: `runtime/attention.py` says what each query sees.
+    head     of a head of a layer; `tensor`: of a layer. Static.
+
     The grids `mxfp4` and `nvfp4` have groups of 32 and 16. `codebook`: the size of a learned one, once it is known;
     `bits` are then those that were asked for. `kept`: how many columns of a weight stand beside the codes in the dtype
     of the scales.
@@ -51,10 +58,14 @@ class TensorScheme(BaseModel):
             raise ValueError("narrow=true belongs to symmetric integer grids")
         if self.fp4 and self.static:
             raise ValueError(f"grid {self.grid} finds a group's scale as it runs: leave out static")
-        if (self.granularity == "group") != (self.group_size is not None):
-            raise ValueError("group_size goes with granularity=group, and only with it")
+        if self.granularity == "group" and self.group_size is None:
+            raise ValueError("granularity=group needs a group_size")
+        if self.group_size is not None and self.granularity not in ("group", "channel"):
+            raise ValueError(
+                "group_size goes with granularity=group, or channel where tokens are grouped, and only with them"
+            )
         size = _FIXED_GROUPS.get(self.grid, self.group_size)
-        if self.group_size != size:
+        if self.group_size != size or (self.fp4 and self.granularity != "group"):
             raise ValueError(
                 f"grid {self.grid} has one scale for every {size} inputs: set granularity=group and group_size={size}"
             )
@@ -90,6 +101,11 @@ class TensorScheme(BaseModel):
         return self.grid in _FIXED_GROUPS
 
     @property
+    def groups_tokens(self) -> bool:
+        """Whether a scale is found for `group_size` consecutive tokens of a channel at once."""
+        return self.granularity == "channel" and self.group_size is not None
+
+    @property
     def calibrated(self) -> bool:
         """Whether an activation needs something of calibration text: its range, or the global scale of nvfp4."""
         return self.static or self.grid == "nvfp4"
@@ -105,8 +121,37 @@ class TensorScheme(BaseModel):
             return f"{self.codebook.entries} entries of {self.codebook.dim} in {self.codebook.books} codebooks"
         sign = "symmetric" if self.symmetric else "asymmetric"
         where = f"group {self.group_size}" if self.group_size else self.granularity
+        where = f"channel of {self.group_size} tokens" if self.groups_tokens else where
         kept = f", {self.kept} columns kept" if self.kept else ""
         return f"{grid} {sign}, {'static ' if self.static else ''}{where}{kept}"
+
+
+def _impossible_in_attention(name: str, part: TensorScheme) -> str | None:
+    """Why queries, keys or values cannot have this granularity."""
+    if part.grid == "codebook":
+        return None  # which has no scales
+    if part.static and part.group_size is not None:
+        return (
+            f"a static scale of the {name} is for all tokens, and of no group of dimensions: leave out group_size, "
+            "and set granularity=tensor, head or channel"
+        )
+    if part.groups_tokens and name != "key":
+        return (
+            f"only keys have scales for groups of tokens: set {name}.granularity=group for groups of adjacent "
+            "dimensions, or token"
+        )
+    if part.granularity == "channel" and not (part.static or part.groups_tokens):
+        grouped = f", or {name}.group_size=32 for a scale every 32 tokens" if name == "key" else ""
+        return (
+            f"the {name} has dynamic scales per token, not per channel: set granularity=token, or "
+            f"{name}.static=true{grouped}"
+        )
+    if part.granularity in ("tensor", "head") and not part.static:
+        return (
+            f"a dynamic scale of the {name} per {part.granularity} would change with every token that is still to "
+            f"come: set {name}.static=true, or granularity=token"
+        )
+    return None
 
 
 _WIDTH = r"(\d+|fp8|nf4|mxfp4|nvfp4)"
@@ -128,10 +173,19 @@ class Scheme(BaseModel):
     def _check(self) -> Self:
         if self.weight is not None and self.weight.static:
             raise ValueError("static is for activations, and a weight's scale never changes")
-        for name in ("query", "key", "value"):
+        for name in ("weight", "activation"):
             part: TensorScheme | None = getattr(self, name)
-            if part is not None and part.granularity == "channel":
-                raise ValueError(f"the {name} has no scale per channel: set granularity=token")
+            if part is not None and part.granularity == "head":
+                raise ValueError(f"the {name} has no heads: only queries, keys and values have")
+            if part is not None and part.groups_tokens:
+                raise ValueError(
+                    f"the {name} has no groups of tokens, only keys have: set granularity=group, or leave "
+                    "out group_size"
+                )
+        for name in ("query", "key", "value"):
+            part = getattr(self, name)
+            if part is not None and (reason := _impossible_in_attention(name, part)):
+                raise ValueError(reason)
             if part is not None and part.grid == "nvfp4":
                 raise ValueError(
                     f"the {name} has no global scale, which nvfp4 takes from calibration text: choose mxfp4"

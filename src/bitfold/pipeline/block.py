@@ -10,6 +10,7 @@ from torch import Tensor
 from bitfold.models.skeleton import Skeleton
 from bitfold.numerics import QuantizedTensor, Scheme, global_scale, scale_and_zero
 from bitfold.part import Need
+from bitfold.pipeline.calibrated_heads import calibrated_heads
 from bitfold.pipeline.hooks import InputQuantizer, capturing_inputs, quantizing
 from bitfold.pipeline.measure import input_statistics
 from bitfold.pipeline.online import with_identities
@@ -17,7 +18,6 @@ from bitfold.pipeline.plan import Plan
 from bitfold.pipeline.rewrite import rewrite_block
 from bitfold.pipeline.round import round_block
 from bitfold.pipeline.streams import Streams
-from bitfold.pipeline.values import learned_values
 from bitfold.recipe import Recipe
 from bitfold.statistics import InputStatistics
 
@@ -31,8 +31,8 @@ class QuantizedBlock:
     tensors: quantized weights; plain: everything else, in the dtype of storage; inputs: how layers' inputs are
     quantized; all by name relative to the block. errors: relative error of each layer's output on the probe.
     unpacked_in: the dtype in which loaders compute the weights' values, where that is not the one they run in.
-    fits: figures of the transforms' fits. notes: what the user should read. value_codebook: by which values are
-    quantized, where their scheme has one.
+    fits: figures of the transforms' fits. notes: what the user should read. head_tensors: what was calibrated of
+    queries, keys and values, by name (`runtime.attention.head_tensors`).
     """
 
     tensors: dict[str, QuantizedTensor]
@@ -44,7 +44,7 @@ class QuantizedBlock:
     unpacked_in: torch.dtype | None = None
     fits: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    value_codebook: Tensor | None = None
+    head_tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
     def weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """What the block's parameters are once loaded: the simulation."""
@@ -104,12 +104,8 @@ def quantize_block(
         rewritten.fits,
         [*(note for fit in rewritten.fits for note in fit.get("notes", ())), *rounding_notes],
     )
-    if heads.value is None or heads.value.codebook is None:
-        return block
-    learned = learned_values(
-        skeleton, index, plan, heads.value.codebook, block.weights(dtype), streams, inputs
-    )
-    return replace(block, value_codebook=learned)
+    found = calibrated_heads(skeleton, index, plan, heads, block.weights(dtype), streams, inputs)
+    return replace(block, head_tensors=found)
 
 
 def run_quantized(
@@ -127,7 +123,7 @@ def run_quantized(
                 block.inputs,
                 skeleton.family.attention,
                 block.heads,
-                codebook=block.value_codebook,
+                calibrated=block.head_tensors,
             ),
         ):
             return skeleton.run(index, weights, hidden)

@@ -7,11 +7,13 @@ from bitfold.errors import OutputError
 from bitfold.export.artifact import companion_files
 from bitfold.export.layout import WeightFormat
 from bitfold.models.checkpoint import tensor_bytes
+from bitfold.models.family import head_counts
 from bitfold.numerics import QuantizedTensor, TensorScheme
 from bitfold.pipeline.job import Job
 from bitfold.pipeline.online import stored_maps
 from bitfold.pipeline.probe import probe_bytes
 from bitfold.pipeline.workdir import Workdir, existing_parent
+from bitfold.runtime.attention import head_tensors
 from bitfold.transforms import BlockTransform
 
 __all__ = ["TEXT_OF_A_TENSOR", "artifact_bytes", "check_disk", "weight_bytes", "working_bytes"]
@@ -48,8 +50,8 @@ def artifact_bytes(job: Job) -> int:
             tensors + len(stored_maps(job.plan.layout.online)),
         )
     for attention in job.plan.layout.attention.values():
-        if attention.scheme.value is not None and (book := attention.scheme.value.codebook):
-            weights, tensors = weights + book.numbers * job.plan.storage.itemsize, tensors + 1
+        found = head_tensors(attention.scheme, head_counts(job.skeleton.config), job.plan.storage)
+        weights, tensors = weights + sum(one.nbytes for one in found.values()), tensors + len(found)
     companions = sum(file.stat().st_size for file in companion_files(job.source))
     windows, length = job.probe.shape
     probe = probe_bytes(windows, length, job.skeleton.config.vocab_size)

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from bitfold.numerics import Scheme, TensorScheme, fake_quantize_dynamic
 from bitfold.runtime.activation import quantize_input
-from bitfold.runtime.attention import HeadQuantizers, set_head_quantizers
+from bitfold.runtime.attention import HeadName, HeadQuantizers, set_head_quantizers
 
 __all__ = [
     "InputQuantizer",
+    "capturing_heads",
     "capturing_inputs",
     "capturing_outputs",
-    "capturing_values",
     "quantizing",
     "run_for_inputs",
 ]
@@ -94,19 +94,19 @@ def capturing_outputs(block: nn.Module, names: Iterable[str]) -> Iterator[dict[s
 
 
 @contextmanager
-def capturing_values(
-    block: nn.Module, attention: str, receive: Callable[[Tensor], None]
+def capturing_heads(
+    block: nn.Module, attention: str, receive: Callable[[HeadName, Tensor], None]
 ) -> Iterator[None]:
-    """Within this context a block's attention quantizes nothing, and hands its values [batch, heads, tokens, head_dim]
-    to a function."""
+    """Within this context a block's attention quantizes nothing, and hands its queries, keys and values
+    [batch, heads, tokens, head_dim] to a function."""
 
-    def keep(x: Tensor, scheme: TensorScheme) -> Tensor:
-        receive(x)
-        return x
+    class Captured(HeadQuantizers):
+        def on(self, name: HeadName, x: Tensor, module: nn.Module) -> Tensor:
+            receive(name, x)
+            return x
 
     module = block.get_submodule(attention)
-    scheme = TensorScheme(granularity="token")
-    set_head_quantizers(module, HeadQuantizers(None, None, scheme, keep))
+    set_head_quantizers(module, Captured(None, None, None))
     try:
         yield
     finally:
@@ -120,11 +120,11 @@ def quantizing(
     attention: str,
     heads: Scheme,
     on_heads: Callable[[Tensor, TensorScheme], Tensor] = fake_quantize_dynamic,
-    codebook: Tensor | None = None,
+    calibrated: Mapping[str, Tensor] | None = None,
 ) -> Iterator[None]:
     """Within this context the block runs with quantized inputs, and queries, keys and values by `on_heads`.
 
-    codebook: of the values. Where they are to have one that is not learned yet, they are left alone.
+    calibrated: their static scales and codebooks; None: not found yet, and what is to have some is left alone.
     """
 
     def hook_for(quantizer: Callable[[Tensor], Tensor]) -> Callable[..., tuple[Tensor, ...]]:
@@ -134,12 +134,21 @@ def quantizing(
         return hook
 
     module = block.get_submodule(attention)
-    if codebook is None and heads.value is not None and heads.value.grid == "codebook":
-        heads = heads.model_copy(update={"value": None})
+    if calibrated is None:
+        heads = _without_calibrated(heads)
     with ExitStack() as stack:
         for name, quantizer in inputs.items():
             handle = block.get_submodule(name).register_forward_pre_hook(hook_for(quantizer))
             stack.callback(handle.remove)
-        set_head_quantizers(module, HeadQuantizers.of(heads, on_heads, codebook))
+        set_head_quantizers(module, HeadQuantizers.of(heads, on_heads, calibrated))
         stack.callback(set_head_quantizers, module, None)
         yield
+
+
+def _without_calibrated(heads: Scheme) -> Scheme:
+    """The scheme of an attention, with what needs calibration left alone."""
+
+    def dynamic(part: TensorScheme | None) -> TensorScheme | None:
+        return None if part is None or part.static or part.grid == "codebook" else part
+
+    return Scheme(query=dynamic(heads.query), key=dynamic(heads.key), value=dynamic(heads.value))

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from bitfold.errors import VerificationError
 from bitfold.export.layout import LayerEntry, input_scale_name, input_tensors
+from bitfold.models.family import head_counts
 from bitfold.models.skeleton import Skeleton
 from bitfold.pipeline.block import QuantizedBlock
 from bitfold.pipeline.hooks import InputQuantizer
 from bitfold.pipeline.online import stored_maps
 from bitfold.pipeline.plan import Plan
-from bitfold.runtime.attention import VALUE_CODEBOOK
+from bitfold.runtime.attention import head_tensors
 
 __all__ = ["block_from_tensors", "block_tensors", "check_shard"]
 
@@ -35,9 +36,8 @@ def block_tensors(
         width = plan.layout.linears[full].in_features
         entry = LayerEntry(plan.schemes[full], width, quantizer.scale, quantizer.zero)
         tensors |= input_tensors(full, entry)
-    if block.value_codebook is not None:
-        tensors[_codebook_name(skeleton, index)] = block.value_codebook
-    return tensors
+    attention = _attention_name(skeleton, index)
+    return tensors | {f"{attention}.{name}": value for name, value in block.head_tensors.items()}
 
 
 def block_from_tensors(
@@ -68,10 +68,14 @@ def block_from_tensors(
         for name in (*skeleton.block_parameters(index), *stored_maps(plan.block_maps(prefix)))
         if name.removesuffix(".weight") not in quantized
     }
-    heads = plan.attention[f"{prefix}.{skeleton.family.attention}"]
-    codebook = tensors.get(_codebook_name(skeleton, index))
+    attention = _attention_name(skeleton, index)
+    heads = plan.attention[attention]
+    calibrated = {
+        name: tensors[f"{attention}.{name}"]
+        for name in head_tensors(heads, head_counts(skeleton.config), plan.storage)
+    }
     return QuantizedBlock(
-        quantized, plain, inputs, heads, {}, 0.0, plan.unpacked_in, value_codebook=codebook
+        quantized, plain, inputs, heads, {}, 0.0, plan.unpacked_in, head_tensors=calibrated
     )
 
 
@@ -92,8 +96,8 @@ def check_shard(
             )
 
 
-def _codebook_name(skeleton: Skeleton, index: int) -> str:
-    return f"{skeleton.block_name(index)}.{skeleton.family.attention}.{VALUE_CODEBOOK}"
+def _attention_name(skeleton: Skeleton, index: int) -> str:
+    return f"{skeleton.block_name(index)}.{skeleton.family.attention}"
 
 
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:

@@ -228,7 +228,7 @@ class Student:
             skeleton.family.attention,
             block.heads,
             on_heads,
-            block.value_codebook,
+            block.head_tensors,
         )
 
     # -- backward ----------------------------------------------------------------------------------

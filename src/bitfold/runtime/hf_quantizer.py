@@ -11,11 +11,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bitfold.errors import CheckpointError, RecipeError
 from bitfold.export import native
+from bitfold.models.family import head_counts
 from bitfold.numerics import MapShape, Scheme
 from bitfold.runtime.attention import (
     ATTENTION,
-    VALUE_CODEBOOK,
     HeadQuantizers,
+    follow_cache,
+    head_tensors,
     set_head_quantizers,
 )
 from bitfold.runtime.online import OnlineMap, attach, runs_on_heads
@@ -56,11 +58,13 @@ class BitfoldHfQuantizer(HfQuantizer):
         maps = native.read_online(settings)
         if attention or any(runs_on_heads(_module(model, name)) for name in maps):
             _use_bitfold_attention(model)
+        heads = head_counts(model.config.get_text_config())
         for name, scheme in attention.items():
-            set_head_quantizers(_module(model, name), HeadQuantizers.of(scheme))
-            if scheme.value is not None and (book := scheme.value.codebook):
-                empty = torch.zeros(book.shape, dtype=model.dtype, device=model.device)
-                _module(model, name).register_buffer(VALUE_CODEBOOK, empty)
+            module = _module(model, name)
+            set_head_quantizers(module, HeadQuantizers.of(scheme))
+            follow_cache(module)
+            for part, like in head_tensors(scheme, heads, model.dtype).items():
+                module.register_buffer(part, torch.zeros_like(like, device=model.device))
         for name, shape in maps.items():
             module = _module(model, name)
             attach(module, _map_for(name, module, shape, model.dtype))

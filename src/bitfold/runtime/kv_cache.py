@@ -1,0 +1,413 @@
+"""A cache for transformers' models that keeps keys and values in few bits.
+
+    cache = bitfold.quantized_cache(model)          # by the scheme of an artifact
+    cache = bitfold.quantized_cache(model, bits=4)  # for any other model
+    model.generate(**inputs, past_key_values=cache)
+
+Every pass appends to packed codes and reads all of them back, one layer at a time. For an artifact the numbers are
+those of its own fake quantization: the attention takes what the cache hands it as it is (`follow_cache`), so nothing is
+quantized twice. A model that bitfold did not quantize is not touched, and sees keys and values as the cache holds them
+after each pass. Where scales are of groups of tokens, the queries of its prompt thus see all groups that the prompt
+fills quantized, while those of an artifact see each as it was at their time (`runtime/token_groups.py`).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from bitfold.errors import RecipeError
+from bitfold.models.family import head_counts
+from bitfold.numerics import TensorScheme
+from bitfold.runtime.attention import HeadName, HeadQuantizers, head_map, head_quantizers
+from bitfold.runtime.packed_heads import Coding, PackedHeads, can_pack
+from bitfold.runtime.taken_over import compressed_heads, take_over
+from bitfold.runtime.token_groups import KeysSeen, full_tokens
+
+__all__ = [
+    "CacheMemory",
+    "PackedCache",
+    "PackedLayer",
+    "PackedSlidingLayer",
+    "cache_memory",
+    "default_schemes",
+    "quantized_cache",
+    "quantizes_cache",
+]
+
+TOKENS_OF_A_GROUP = 32
+
+
+class PackedLayer(DynamicLayer):
+    """The cache of one attention, in few bits; `keys` and `values` are what of it is not packed.
+
+    turn: the map that the attention has queries and keys go through, which keys are cached behind.
+    """
+
+    keys: Tensor | None
+    values: Tensor | None
+
+    def __init__(
+        self, key: Coding, value: Coding, turn: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        super().__init__()
+        self.key_coding, self.value_coding, self.turn = key, value, turn
+        self.length = 0
+        # Set by an attention that asks for what it saw of keys before they were quantized.
+        self.hands_over = False
+        self._fresh: tuple[Tensor, range] | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._keys = PackedHeads(self.key_coding, key_states)
+        self._values = PackedHeads(self.value_coding, value_states)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append keys and values [batch, heads, tokens, head_dim]; returns those that the pass attends to."""
+        if self.turn is not None:
+            key_states = self.turn(key_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._fresh = self._before_they_are_packed(key_states) if self.hands_over else None
+        visible = self._visible(key_states.shape[-2])
+        self._keys.append(key_states)
+        self._values.append(value_states)
+        self.length += key_states.shape[-2]
+        keys, values = (part.read()[:, :, -visible:] for part in (self._keys, self._values))
+        self._forget()
+        self._show()
+        return keys, values
+
+    def handed_over(self, key: Tensor) -> KeysSeen:
+        """What a pass sees of the keys that `update` has just returned; once."""
+        fresh, tokens = self._fresh or (None, range(0))
+        self._fresh, self.hands_over = None, False
+        first = self.length - key.shape[-2]
+        if fresh is not None and tokens.start < first:
+            fresh = fresh[:, :, first - tokens.start :]
+            tokens = range(first, max(first, tokens.stop))
+        return KeysSeen(key, fresh if len(tokens) else None, tokens, first, self.key_coding.tokens)
+
+    def get_seq_length(self) -> int:
+        """Tokens there have been."""
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """How many tokens the next pass attends to, and the place of the first."""
+        visible = self._visible(query_length)
+        return visible, self.length + query_length - visible
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.keys = self.values = None
+        self._fresh = None
+        self.is_initialized, self.length = False, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens, given as a negative number. What is left of a group of tokens that was full stays
+        at its quantized values."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes minus the tokens to remove, not {tokens_to_remove}.")
+        count = min(-tokens_to_remove, self.length)
+        if count and self.is_initialized:
+            self._keys.drop_last(count)
+            self._values.drop_last(count)
+            self.length -= count
+            self._show()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Choose sequences of the batch, as beams do."""
+        self._change(lambda part: part.index_select(0, beam_idx.to(part.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each sequence of the batch so many times."""
+        self._change(lambda part: part.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Only some sequences of the batch."""
+        self._change(lambda part: part[indices, ...])
+
+    def offload(self) -> None:
+        """Move everything to the CPU."""
+        self._change(lambda part: part.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Move everything back to where keys came from."""
+        if self.is_initialized:
+            self._change(lambda part: part.to(self.device, non_blocking=True))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors that are held between passes."""
+        return self._keys.nbytes + self._values.nbytes if self.is_initialized else 0
+
+    @property
+    def bfloat16_bytes(self) -> int:
+        """Bytes of an ordinary layer in bfloat16."""
+        if not self.is_initialized:
+            return 0
+        batch, heads = self._keys.rest.shape[:2]
+        tokens = self._visible(1) - 1
+        return 2 * batch * heads * tokens * (self._keys.size + self._values.size)
+
+    def _visible(self, queries: int) -> int:
+        """How many tokens the next pass attends to, its own included."""
+        return self.length + queries
+
+    def _forget(self) -> None:
+        """Drop what no later pass attends to."""
+
+    def _before_they_are_packed(self, key_states: Tensor) -> tuple[Tensor, range] | None:
+        """Keys of the groups that this pass fills after its first token, and their places."""
+        size, total = self.key_coding.tokens, self.length + key_states.shape[-2]
+        places = range(full_tokens(self.length + 1, size), full_tokens(total, size))
+        if size == 1 or not len(places):
+            return None
+        keys = torch.cat([self._keys.rest, key_states], dim=2)
+        start = total - keys.shape[2]
+        return keys[:, :, places.start - start : places.stop - start], places
+
+    def _change(self, how: Callable[[Tensor], Tensor]) -> None:
+        if self.is_initialized:
+            self._keys.change(how)
+            self._values.change(how)
+            self._show()
+
+    def _show(self) -> None:
+        self.keys, self.values = self._keys.rest, self._values.rest
+
+
+class PackedSlidingLayer(PackedLayer):
+    """The same for an attention that sees a window of tokens; older ones are dropped, group by group."""
+
+    is_sliding = True
+
+    def __init__(
+        self,
+        key: Coding,
+        value: Coding,
+        sliding_window: int,
+        turn: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__(key, value, turn)
+        self.sliding_window = sliding_window
+        self.record_past = False
+
+    def activate_past_recording(self) -> None:
+        """Keep everything until `crop` is called."""
+        self.record_past = True
+
+    def get_max_length(self) -> int:
+        """The window."""
+        return self.sliding_window
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As in every layer; beyond the window only where the past is recorded, since what was dropped is gone."""
+        if tokens_to_remove and not self.record_past and self.length >= self.sliding_window:
+            raise RuntimeError(
+                "Tokens beyond the sliding window are gone: call activate_past_recording() before, to crop after."
+            )
+        super().crop(tokens_to_remove)
+        if self.is_initialized:
+            self._drop_beyond_window()
+            self._show()
+
+    def _visible(self, queries: int) -> int:
+        return min(super()._visible(queries), self.sliding_window - 1 + queries)
+
+    def _forget(self) -> None:
+        if not self.record_past:
+            self._drop_beyond_window()
+
+    def _drop_beyond_window(self) -> None:
+        for part in (self._keys, self._values):
+            part.drop_first(max(0, part.tokens - (self.sliding_window - 1)))
+
+
+class PackedCache(Cache):
+    """What `quantized_cache` makes. notes: what the user should know of it."""
+
+    def __init__(self, layers: list[Any], notes: tuple[str, ...] = ()) -> None:
+        super().__init__(layers=layers)
+        self.notes = notes
+
+
+@dataclass(frozen=True)
+class CacheMemory:
+    """Bytes of all tensors that a cache holds between passes, the tokens it has seen in every sequence, and the bytes
+    of an ordinary cache in bfloat16."""
+
+    bytes: int
+    tokens: int
+    bfloat16_bytes: int
+
+
+def cache_memory(cache: Cache) -> CacheMemory:
+    """What a cache of bitfold's, or an ordinary one of transformers, takes."""
+    held = bfloat16 = 0
+    for layer in cache.layers:
+        if isinstance(layer, PackedLayer):
+            held, bfloat16 = held + layer.nbytes, bfloat16 + layer.bfloat16_bytes
+            continue
+        states = (getattr(layer, "keys", None), getattr(layer, "values", None))
+        for part in (one for one in states if one is not None):
+            held, bfloat16 = held + part.nbytes, bfloat16 + 2 * part.numel()
+    return CacheMemory(held, int(cache.get_seq_length()), bfloat16)
+
+
+def default_schemes(bits: int, head_dim: int) -> tuple[TensorScheme, TensorScheme]:
+    """Keys per channel and 32 tokens; values per token and 32 dimensions of a head, or all where 32 does not divide
+    them.
+
+    Raises RecipeError for bits that no cache has.
+    """
+    if not 2 <= bits <= 8:
+        raise RecipeError(f"A cache has 2 to 8 bits, not {bits}: choose 4.")
+    of_key: dict[str, Any] = {"granularity": "channel", "group_size": TOKENS_OF_A_GROUP}
+    of_value: dict[str, Any] = {"granularity": "token"}
+    if head_dim % 32 == 0:
+        of_value = {"granularity": "group", "group_size": 32}
+    common: dict[str, Any] = {"bits": bits, "symmetric": False}
+    return TensorScheme(**common, **of_key), TensorScheme(**common, **of_value)
+
+
+def quantizes_cache(model: PreTrainedModel) -> bool:
+    """Whether the model is an artifact that quantizes keys or values in a way that a cache can store."""
+    own = (head_quantizers(module) for module in model.modules())
+    found = [one for one in (*own, *compressed_heads(model).values()) if one is not None]
+    return any(_can_store(one) for one in found)
+
+
+def quantized_cache(
+    model: PreTrainedModel,
+    bits: int | None = None,
+    *,
+    key: TensorScheme | None = None,
+    value: TensorScheme | None = None,
+) -> PackedCache:
+    """An empty cache for one or several sequences of a model.
+
+    An artifact that quantizes keys and values is given a cache by its own scheme; one in the compressed-tensors format
+    then runs with bitfold's attention, which gives the same numbers. For any other model say `bits`, for
+    `default_schemes`, or schemes of keys and values that are dynamic; one that is left out leaves them as they are.
+
+    Layers that it has no packed form for (other kinds than full and sliding attention, other grids than integers) are
+    ordinary ones; the cache's `notes` say so. Raises RecipeError for what cannot be.
+    """
+    own = quantizes_cache(model)
+    asked = bits is not None or key is not None or value is not None
+    if own and asked:
+        raise RecipeError(
+            "The model quantizes its keys and values by a scheme of its own: leave out the bits of the cache."
+        )
+    if not (own or asked):
+        raise RecipeError(
+            "The model does not say how keys and values are stored: give the bits of the cache, e.g. 4."
+        )
+    ordinary = DynamicCache(config=model.config).layers
+    turns: dict[int, Callable[[Tensor], Tensor] | None] = {}
+    if own:
+        take_over(model)
+        codings, turns = _codings_of_artifact(model), _turns(model)
+    else:
+        codings = dict.fromkeys(range(len(ordinary)), _codings_asked(model, bits, key, value))
+    layers = [
+        _packed(layer, codings.get(index), turns.get(index)) for index, layer in enumerate(ordinary)
+    ]
+    kept = [index for index, layer in enumerate(layers) if not isinstance(layer, PackedLayer)]
+    notes: tuple[str, ...] = ()
+    if kept:
+        notes = (
+            f"{len(kept)} of {len(layers)} layers have an ordinary cache (the first is {kept[0]}, "
+            f"{type(layers[kept[0]]).__name__}): it is no attention, or of no scheme, that the packed cache stores",
+        )
+    return PackedCache(layers, notes)
+
+
+def _codings_asked(
+    model: PreTrainedModel, bits: int | None, key: TensorScheme | None, value: TensorScheme | None
+) -> tuple[Coding, Coding]:
+    size = head_counts(model.config.get_text_config())[2]
+    if bits is not None:
+        if key is not None or value is not None:
+            raise RecipeError(
+                "A cache has either bits or schemes of its own: leave one of them out."
+            )
+        key, value = default_schemes(bits, size)
+    for name, scheme in (("key", key), ("value", value)):
+        if scheme is None:
+            continue
+        if not can_pack(scheme) or scheme.static or scheme.granularity in ("tensor", "head"):
+            raise RecipeError(
+                f"A cache for a model as it is stores the {name} as integers with dynamic scales, not "
+                f"{scheme.describe()}: quantize the model with that scheme, or choose another."
+            )
+        if scheme.granularity == "channel" and (name == "value" or scheme.group_size is None):
+            raise RecipeError(
+                f"A dynamic scale per channel is for keys, with a group_size of tokens, not for the {name} as "
+                f"{scheme.describe()}: set granularity=token."
+            )
+        if scheme.granularity == "group" and size % (scheme.group_size or 1):
+            raise RecipeError(
+                f"The {name}'s group size {scheme.group_size} does not divide the {size} dimensions of a head: "
+                "choose a divisor."
+            )
+    return Coding(key), Coding(value)
+
+
+def _codings_of_artifact(model: PreTrainedModel) -> dict[int, tuple[Coding, Coding]]:
+    """Of every attention whose keys and values the cache can store, by the number of its layer."""
+    found: dict[int, tuple[Coding, Coding]] = {}
+    for module in model.modules():
+        quantizers = head_quantizers(module)
+        if quantizers is not None and _can_store(quantizers):
+            index: Any = module.layer_idx
+            found[index] = (
+                _coding(quantizers, "key", module),
+                _coding(quantizers, "value", module),
+            )
+    return found
+
+
+def _turns(model: PreTrainedModel) -> dict[int, Callable[[Tensor], Tensor] | None]:
+    """The map of queries and keys of every attention of bitfold's, by the number of its layer."""
+    found: dict[int, Callable[[Tensor], Tensor] | None] = {}
+    for module in model.modules():
+        if head_quantizers(module) is not None:
+            index: Any = module.layer_idx
+            found[index] = head_map(module)
+    return found
+
+
+def _can_store(quantizers: HeadQuantizers) -> bool:
+    schemes = (quantizers.key, quantizers.value)
+    return any(schemes) and all(can_pack(scheme) for scheme in schemes)
+
+
+def _coding(quantizers: HeadQuantizers, name: HeadName, module: nn.Module) -> Coding:
+    scheme: TensorScheme | None = getattr(quantizers, name)
+    if scheme is None or not scheme.static:
+        return Coding(scheme)
+    return Coding(scheme, *quantizers.static(name, module))
+
+
+def _packed(
+    layer: Any,
+    codings: tuple[Coding, Coding] | None,
+    turn: Callable[[Tensor], Tensor] | None,
+) -> Any:
+    """The packed layer in place of an ordinary one of transformers, or that one."""
+    if codings is None:
+        return layer
+    if type(layer) is DynamicLayer:
+        return PackedLayer(*codings, turn)
+    if type(layer) is DynamicSlidingWindowLayer:
+        return PackedSlidingLayer(*codings, layer.sliding_window, turn)
+    return layer
