@@ -24,6 +24,7 @@ __all__ = [
     "Refusal",
     "WeightFormat",
     "input_scale_name",
+    "input_shapes",
     "input_tensors",
 ]
 
@@ -32,15 +33,17 @@ __all__ = [
 class LayerEntry:
     """One linear layer; q, k and v in its scheme are ignored (see `AttentionEntry`).
 
-    input_scale: [1], the scale of a static activation, or the global scale of an nvfp4 one, float32; None for others,
-                 or if not calibrated yet.
-    input_zero:  [1] int8, its zero-point; None for symmetric grids.
+    input_scale: [1], the scale of a static activation (of each cluster, where it has clusters), or the global scale of
+                 an nvfp4 one, float32; None for others, or if not calibrated yet.
+    input_zero:  int8, its zero-points in the same shape; None for symmetric grids.
+    input_clusters: [in] uint8, the cluster of each channel; None where there are none.
     """
 
     scheme: Scheme
     in_features: int
     input_scale: Tensor | None = None
     input_zero: Tensor | None = None
+    input_clusters: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -108,23 +111,48 @@ class Refusal:
     reason: str
 
 
-def input_tensors(name: str, entry: LayerEntry) -> dict[str, Tensor]:
-    """Of a static activation `NAME.input_scale` and, asymmetric, `NAME.input_zero_point`, each [1]; of an nvfp4 one
-    `NAME.input_global_scale`, [1].
+def input_shapes(activation: TensorScheme | None, in_features: int) -> dict[str, tuple[int, ...]]:
+    """What is stored of a calibrated activation, by its name behind the layer's.
 
-    Raises RecipeError when its range was not calibrated.
+    input_scale: [1], or [clusters], of a static one, and input_zero_point if it is asymmetric.
+    input_global_scale: [1], of nvfp4.
+    input_clusters: [in], the cluster of each channel.
     """
-    activation = entry.scheme.activation
     if activation is None or not activation.calibrated:
         return {}
-    if entry.input_scale is None or (entry.input_zero is None and not activation.symmetric):
-        raise RecipeError(
-            f"{name} has activations that take a range from calibration text, and it is not there: calibrate them, "
-            "or choose a dynamic scheme."
-        )
-    tensors = {f"{name}.{input_scale_name(activation)}": entry.input_scale.reshape(1)}
-    if entry.input_zero is not None and not activation.symmetric:
-        tensors[f"{name}.input_zero_point"] = entry.input_zero.reshape(1)
+    shapes: dict[str, tuple[int, ...]] = {}
+    if activation.static or activation.grid == "nvfp4":
+        shapes[input_scale_name(activation)] = (activation.clusters or 1,)
+    if activation.static and not activation.symmetric:
+        shapes["input_zero_point"] = (activation.clusters or 1,)
+    if activation.clusters is not None:
+        shapes["input_clusters"] = (in_features,)
+    return shapes
+
+
+def input_tensors(name: str, entry: LayerEntry) -> dict[str, Tensor]:
+    """The tensors of `input_shapes`, by full name.
+
+    Raises RecipeError when its range, or its clusters, were not calibrated.
+    """
+    activation = entry.scheme.activation
+    if activation is None:
+        return {}
+    found = {
+        input_scale_name(activation): entry.input_scale,
+        "input_zero_point": entry.input_zero,
+        "input_clusters": entry.input_clusters,
+    }
+    tensors: dict[str, Tensor] = {}
+    for key, shape in input_shapes(activation, entry.in_features).items():
+        value = found[key]
+        if value is None:
+            raise RecipeError(
+                f"{name} has activations that take a range from calibration text, and it is not there: calibrate them, "
+                "or choose a dynamic scheme."
+            )
+        # A copy, since layers that read the same input have the same, and safetensors stores no tensor twice.
+        tensors[f"{name}.{key}"] = value.reshape(shape).clone()
     return tensors
 
 

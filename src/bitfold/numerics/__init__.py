@@ -1,6 +1,7 @@
 """Grids, schemes, quantize/dequantize, bit packing: pure functions on tensors."""
 
 from bitfold.numerics.blocks import blocks_product, linear_blocks
+from bitfold.numerics.clusters import channel_clusters, over_clusters
 from bitfold.numerics.codebook import CodebookShape, entries_of, quantize_values
 from bitfold.numerics.fp4 import global_scale, scale_dtype_of
 from bitfold.numerics.packing import pack, packed_width, unpack
@@ -22,6 +23,7 @@ __all__ = [
     "Scheme",
     "TensorScheme",
     "blocks_product",
+    "channel_clusters",
     "dequantize",
     "entries_of",
     "fake_quantize",
@@ -29,6 +31,7 @@ __all__ = [
     "from_groups",
     "global_scale",
     "linear_blocks",
+    "over_clusters",
     "pack",
     "packed_width",
     "quantize",

@@ -148,6 +148,12 @@ def _check_layer(name: str, inputs: int, scheme: Scheme, recipe: Recipe) -> None
     _check_group(
         "The activation's group size", scheme.activation, f"the {inputs} inputs of {name}", inputs
     )
+    clusters = scheme.activation.clusters if scheme.activation else None
+    if clusters and clusters > inputs:
+        raise RecipeError(
+            f"{clusters} clusters are more than the {inputs} inputs of {name} have channels: choose fewer "
+            "(activation.clusters), or give that layer its own scheme."
+        )
     weight = scheme.weight
     if (
         weight is not None

@@ -9,6 +9,7 @@ from bitfold.transforms.affine import Affine
 from bitfold.transforms.awq import Awq
 from bitfold.transforms.block_transform import BlockTransform
 from bitfold.transforms.groups import Heads, Transform, fold
+from bitfold.transforms.reorder import Reorder
 from bitfold.transforms.rotation import Rotation
 from bitfold.transforms.site_transform import SiteTransform
 from bitfold.transforms.smoothquant import SmoothQuant
@@ -31,4 +32,5 @@ TRANSFORMS: dict[str, type[SiteTransform | BlockTransform | StreamTransform]] = 
     "awq": Awq,
     "wush": Wush,
     "affine": Affine,
+    "reorder": Reorder,
 }
