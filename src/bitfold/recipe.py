@@ -36,7 +36,7 @@ __all__ = ["LayerRule", "Recipe"]
 DEFAULT_SCHEME = "w4a16g128"
 _TENSORS = ("weight", "activation", "query", "key", "value")
 _SINGLE = ("weight_range", "activation_range", "rounding", "distillation")
-_PARTS = (*LISTS, *_SINGLE, "stream")
+_PARTS = (*LISTS, *_SINGLE, "stream", "activation")
 _Overrides = Mapping[tuple[str, ...], Any]
 
 
@@ -227,12 +227,9 @@ class Recipe(BaseModel):
         names = method or content.get("method", AUTO if file is None else "rtn")
         in_schemes = {key: value for key, value in overrides.items() if key[0] in _TENSORS}
         text = scheme or content.get("scheme", DEFAULT_SCHEME)
-        fields = compose(names, _scheme(text, {}), effort)
-        of_method: _Overrides = {
-            ("activation", key): value for key, value in fields.pop("activation", {}).items()
-        }
-        wanted = _scheme(text, in_schemes, of_method)
-        fields |= content | {"method": names, "scheme": wanted}
+        fields = compose(names, _scheme(text, {}), effort) | content
+        of_method = _of_activations(fields.pop("activation", {}))
+        fields |= {"method": names, "scheme": _scheme(text, in_schemes, of_method)}
         rules = _list(content, "layers")
         fields["layers"] = [_layer_rule(rule, in_schemes, of_method) for rule in rules]
         fields["ignore"] = [*_list(content, "ignore"), *ignore]
@@ -313,11 +310,11 @@ def _name(part: Any) -> str:
 
 
 def _of_file(file: Path) -> dict[str, Any]:
-    content = read_file(file)
+    content, known = read_file(file), [*Recipe.model_fields, "activation"]
     for key in content:
-        if key not in Recipe.model_fields:
+        if key not in known:
             raise RecipeError(
-                f"{file} has an unknown key '{key}': {did_you_mean(str(key), Recipe.model_fields)}."
+                f"{file} has an unknown key '{key}': {did_you_mean(str(key), known)}."
             )
     return content
 
@@ -380,6 +377,15 @@ def _scheme(text: object, overrides: _Overrides, of_method: _Overrides | None = 
         _make(type(getattr(base, tensor)), f"The scheme of the {tensor}", fields[tensor])
     scheme: Scheme = _make(Scheme, "The scheme", fields)
     return scheme
+
+
+def _of_activations(options: object) -> _Overrides:
+    """What a method or a file says of the activations of schemes in notation, as overrides."""
+    if not isinstance(options, Mapping):
+        raise RecipeError(
+            f"The recipe's `activation` is `key: value` pairs such as clusters: 32, not {options!r}."
+        )
+    return {("activation", str(key)): value for key, value in options.items()}
 
 
 def _layer_rule(rule: object, overrides: _Overrides, of_method: _Overrides) -> dict[str, Any]:

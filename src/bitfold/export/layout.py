@@ -23,8 +23,8 @@ __all__ = [
     "OnlineEntry",
     "Refusal",
     "WeightFormat",
+    "input_buffers",
     "input_scale_name",
-    "input_shapes",
     "input_tensors",
 ]
 
@@ -111,27 +111,39 @@ class Refusal:
     reason: str
 
 
-def input_shapes(activation: TensorScheme | None, in_features: int) -> dict[str, tuple[int, ...]]:
-    """What is stored of a calibrated activation, by its name behind the layer's.
+def input_buffers(
+    activation: TensorScheme | None,
+    in_features: int,
+    storage: torch.dtype,
+    device: torch.device | str | None = None,
+) -> dict[str, Tensor]:
+    """Zeros in the place of what is stored of a calibrated activation, by its name behind the layer's.
 
-    input_scale: [1], or [clusters], of a static one, and input_zero_point if it is asymmetric.
-    input_global_scale: [1], of nvfp4.
-    input_clusters: [in], the cluster of each channel.
+    input_scale: [1], or [clusters], of a static one, in the dtype of storage, and input_zero_point, int8, if it is
+        asymmetric.
+    input_global_scale: [1] float32, of nvfp4.
+    input_clusters: [in_features] uint8, the cluster of each channel.
     """
-    if activation is None or not activation.calibrated:
+    if activation is None:
         return {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    if activation.static or activation.grid == "nvfp4":
-        shapes[input_scale_name(activation)] = (activation.clusters or 1,)
+    ranges = activation.clusters or 1
+    shapes: dict[str, tuple[int, torch.dtype]] = {}
+    if activation.static:
+        shapes["input_scale"] = (ranges, storage)
     if activation.static and not activation.symmetric:
-        shapes["input_zero_point"] = (activation.clusters or 1,)
+        shapes["input_zero_point"] = (ranges, torch.int8)
+    if activation.grid == "nvfp4":
+        shapes["input_global_scale"] = (1, torch.float32)
     if activation.clusters is not None:
-        shapes["input_clusters"] = (in_features,)
-    return shapes
+        shapes["input_clusters"] = (in_features, torch.uint8)
+    return {
+        name: torch.zeros(size, dtype=dtype, device=device)
+        for name, (size, dtype) in shapes.items()
+    }
 
 
 def input_tensors(name: str, entry: LayerEntry) -> dict[str, Tensor]:
-    """The tensors of `input_shapes`, by full name.
+    """The tensors of `input_buffers`, by full name.
 
     Raises RecipeError when its range, or its clusters, were not calibrated.
     """
@@ -144,7 +156,7 @@ def input_tensors(name: str, entry: LayerEntry) -> dict[str, Tensor]:
         "input_clusters": entry.input_clusters,
     }
     tensors: dict[str, Tensor] = {}
-    for key, shape in input_shapes(activation, entry.in_features).items():
+    for key, empty in input_buffers(activation, entry.in_features, torch.float32, "meta").items():
         value = found[key]
         if value is None:
             raise RecipeError(
@@ -152,7 +164,7 @@ def input_tensors(name: str, entry: LayerEntry) -> dict[str, Tensor]:
                 "or choose a dynamic scheme."
             )
         # A copy, since layers that read the same input have the same, and safetensors stores no tensor twice.
-        tensors[f"{name}.{key}"] = value.reshape(shape).clone()
+        tensors[f"{name}.{key}"] = value.reshape(empty.shape).clone()
     return tensors
 
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitfold.export.layout import input_shapes
+from bitfold.export.layout import input_buffers
 from bitfold.export.native import unpack_weight
 from bitfold.numerics import Scheme, TensorScheme, packed_width
 from bitfold.runtime.activation import quantize_input
@@ -62,11 +62,9 @@ class QuantizedLinear(nn.Module):
             buffer("weight_codebook", entries, torch.int8)
             buffer("weight_kept", (out_features, weight.kept) if weight.kept else None, dtype)
             buffer("weight_columns", (weight.kept,) if weight.kept else None, torch.int32)
-        shapes = input_shapes(scheme.activation, in_features)
-        buffer("input_scale", shapes.get("input_scale"), dtype)
-        buffer("input_global_scale", shapes.get("input_global_scale"), torch.float32)
-        buffer("input_zero_point", shapes.get("input_zero_point"), torch.int8)
-        buffer("input_clusters", shapes.get("input_clusters"), torch.uint8)
+        inputs = input_buffers(scheme.activation, in_features, dtype, device)
+        for name in ("input_scale", "input_global_scale", "input_zero_point", "input_clusters"):
+            self.register_buffer(name, inputs.get(name))
         empty = torch.zeros(out_features, dtype=dtype, device=device)
         self.bias = nn.Parameter(empty, requires_grad=False) if bias else None
 
