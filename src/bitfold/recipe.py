@@ -353,7 +353,9 @@ def _scheme(text: object, overrides: _Overrides, of_method: _Overrides | None = 
     else:
         base = Scheme.parse(str(text))
         if base.activation is not None and not base.activation.fp4:
-            overrides = {**(of_method or {}), **overrides}
+            # A user's come last, since the later of two that contradict each other is the one that is refused.
+            first = {key: value for key, value in (of_method or {}).items() if key not in overrides}
+            overrides = {**first, **overrides}
     fields = base.model_dump()
     for (tensor, *path), value in overrides.items():
         if len(path) != 1:
