@@ -175,11 +175,6 @@ class Recipe(BaseModel):
     def _senseless_clusters(self) -> str | None:
         """Why clusters of channels, or their order, make no sense with the rest."""
         orders = [isinstance(part, Reorder) for part in self.transforms]
-        if any(orders) and not self.clusters_activations:
-            return (
-                f"rptq clusters the channels of inputs, and the scheme {self.scheme.notation} has none to cluster: "
-                "quantize activations to integers, as in w4a4, or choose another method"
-            )
         if any(orders[:-1]):
             return (
                 "reorder puts channels of a cluster together as the inputs are then, and "
@@ -285,6 +280,16 @@ class Recipe(BaseModel):
         """Whether channels of some layer's input are in clusters."""
         schemes = (self.scheme, *(rule.scheme for rule in self.layers))
         return any(s.activation is not None and s.activation.clusters for s in schemes)
+
+    @property
+    def idle(self) -> str | None:
+        """Why a part would do nothing, in a sentence."""
+        if self.clusters_activations or not any(isinstance(t, Reorder) for t in self.transforms):
+            return None
+        return (
+            f"The method {self.method} clusters the channels of inputs, and the scheme {self.scheme.notation} has none "
+            "to cluster: quantize activations to integers, as in w4a4, or choose another method."
+        )
 
     @property
     def learns_values(self) -> bool:

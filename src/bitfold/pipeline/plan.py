@@ -73,8 +73,10 @@ def make_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
     """Hold a recipe against a network.
 
     Raises RecipeError, naming layer, shape and option, for a group size that does not divide, a pattern that matches
-    nothing, rules that contradict each other, or a recipe that quantizes nothing.
+    nothing, rules that contradict each other, or a recipe that quantizes nothing or has a part that does nothing.
     """
+    if recipe.idle:
+        raise RecipeError(recipe.idle)
     names = _linear_names(skeleton)
     _check_patterns(recipe, list(names))
     schemes = {name: recipe.scheme_for(name) or Scheme() for name in names}
