@@ -116,6 +116,7 @@ def test_needs_are_those_of_the_parts() -> None:
         ("weight.group_size=null", "scheme.weight.granularity", "channel"),
         ("activation.static=true", "scheme.activation.granularity", "tensor"),
         ("activation.symmetric=true", "scheme.activation.symmetric", True),
+        ("activation.clusters=8", "scheme.activation.granularity", "cluster"),
         ("key.bits=3", "scheme.key.bits", 3),
         ("weight_range=mse", "weight_range.power", 2.0),
         ("weight_range={mse: {power: 2.4}}", "weight_range.power", 2.4),
@@ -176,6 +177,7 @@ RICH = {
     "awq": ("w3a16g64", ["awq.steps=7", "weight.symmetric=true", "weight.narrow=true"]),
     "smoothquant": ("w8a8", ["activation.static=true", "activation_range={percentile: {p: 99}}"]),
     "smoothquant+awq": ("wnf4a16", ["layers=[{match: '*.o_proj', scheme: w8a8kv8}]", "seed=3"]),
+    "rptq": ("w4a4g32", ["activation.clusters=9", "layers=[{match: '*.o_proj', scheme: w8a16}]"]),
     "omniquant": ("w4a4", ["ignore=['*.down_proj']", "stream=original"]),
 }
 
@@ -194,7 +196,24 @@ def test_what_is_written_is_read_back(method: str, file: Path) -> None:
 def test_a_methods_own_text_is_a_recipe_file(method: str, file: Path) -> None:
     file.write_text(method_text(method), encoding="utf-8")
     fields = {"method": method}
-    assert Recipe.make(file=file).model_copy(update=fields) == Recipe.make(method)
+    found = Recipe.make(None, "w4a4", file=file).model_copy(update=fields)
+    assert found == Recipe.make(method, "w4a4")
+
+
+def test_a_file_may_say_what_notation_leaves_open_of_activations(file: Path) -> None:
+    rules = "layers: [{match: '*.v_proj', scheme: w8a8}, {match: '*.o_proj', scheme: w8a16}]"
+    file.write_text(f"scheme: w4a4\nactivation: {{clusters: 8, static: true}}\n{rules}\n")
+    recipe = Recipe.make(file=file)
+    for scheme in (recipe.scheme, recipe.scheme_for("x.v_proj")):
+        assert (scheme.activation.clusters, scheme.activation.static) == (8, True)
+    assert recipe.scheme_for("x.o_proj").activation is None
+    changed = Recipe.make(file=file, set=["activation.clusters=5"]).scheme.activation
+    assert (changed.clusters, changed.static) == (5, True)
+    with pytest.raises(RecipeError, match="the activation is impossible: clusters goes with"):
+        Recipe.make(file=file, set=["activation.granularity=token"])
+    file.write_text("activation: 8\n")
+    with pytest.raises(RecipeError, match="`activation` is `key: value` pairs"):
+        Recipe.make(file=file)
 
 
 def test_a_file_with_either_overridden(file: Path) -> None:

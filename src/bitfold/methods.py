@@ -48,7 +48,8 @@ def method_text(name: str) -> str:
 def compose(names: object, scheme: Scheme, effort: str | None) -> dict[str, Any]:
     """The fields of methods joined by `+`: transforms, and corrections, follow one another; a later range or rounding
     replaces, with the corrections that a method of transforms put before its own: `affine+gptaq` is affine's transforms
-    and gptaq. Those of `auto` are its choice for the scheme and the effort (`medium` if None).
+    and gptaq. `activation` is what a method says of how inputs are quantized. Those of `auto` are its choice for the
+    scheme and the effort (`medium` if None).
 
     Raises RecipeError for an unknown name, and for an effort that nothing asks for.
     """

@@ -29,13 +29,15 @@ from bitfold.part import Need, Part
 from bitfold.ranges import RANGES, MinMax, Range
 from bitfold.rounding import ROUNDINGS, BlockRounding, Nearest, Rounding
 from bitfold.transforms import TRANSFORMS, BlockTransform, SiteTransform, StreamTransform
+from bitfold.transforms.reorder import Reorder
 
 __all__ = ["LayerRule", "Recipe"]
 
 DEFAULT_SCHEME = "w4a16g128"
 _TENSORS = ("weight", "activation", "query", "key", "value")
 _SINGLE = ("weight_range", "activation_range", "rounding", "distillation")
-_PARTS = (*LISTS, *_SINGLE, "stream")
+_PARTS = (*LISTS, *_SINGLE, "stream", "activation")
+_Overrides = Mapping[tuple[str, ...], Any]
 
 
 def _part(kind: str, known: Mapping[str, type[Part]]) -> BeforeValidator:
@@ -168,6 +170,22 @@ class Recipe(BaseModel):
                 f"signround finds codes by the block's output, and {_name(self.corrections[0])} moves weights for "
                 "codes found layer by layer: leave one of the two out"
             )
+        return self._senseless_clusters()
+
+    def _senseless_clusters(self) -> str | None:
+        """Why clusters of channels, or their order, make no sense with the rest."""
+        orders = [isinstance(part, Reorder) for part in self.transforms]
+        if any(orders[:-1]):
+            return (
+                "reorder puts channels of a cluster together as the inputs are then, and "
+                f"{_name(self.transforms[-1])} changes them afterwards: name rptq last"
+            )
+        trained = [part for part in (*self.transforms, self.rounding) if "loss" in part.needs]
+        if trained and self.clusters_activations:
+            return (
+                f"{_name(trained[0])} trains with ranges that follow its own changes, and clusters of channels are "
+                "found once nothing changes any more: leave one of the two out"
+            )
         return None
 
     @property
@@ -203,9 +221,12 @@ class Recipe(BaseModel):
             content = {key: value for key, value in content.items() if key not in _PARTS}
         names = method or content.get("method", AUTO if file is None else "rtn")
         in_schemes = {key: value for key, value in overrides.items() if key[0] in _TENSORS}
-        wanted = _scheme(scheme or content.get("scheme", DEFAULT_SCHEME), in_schemes)
-        fields = compose(names, wanted, effort) | content | {"method": names, "scheme": wanted}
-        fields["layers"] = [_layer_rule(rule, in_schemes) for rule in _list(content, "layers")]
+        text = scheme or content.get("scheme", DEFAULT_SCHEME)
+        fields = compose(names, _scheme(text, {}), effort) | content
+        of_method = _of_activations(fields.pop("activation", {}))
+        fields |= {"method": names, "scheme": _scheme(text, in_schemes, of_method)}
+        rules = _list(content, "layers")
+        fields["layers"] = [_layer_rule(rule, in_schemes, of_method) for rule in rules]
         fields["ignore"] = [*_list(content, "ignore"), *ignore]
         fields |= {slot: _list(fields, slot) for slot in LISTS}
         if seed is not None:
@@ -255,6 +276,22 @@ class Recipe(BaseModel):
         return any(s.activation is not None and s.activation.calibrated for s in schemes)
 
     @property
+    def clusters_activations(self) -> bool:
+        """Whether channels of some layer's input are in clusters."""
+        schemes = (self.scheme, *(rule.scheme for rule in self.layers))
+        return any(s.activation is not None and s.activation.clusters for s in schemes)
+
+    @property
+    def idle(self) -> str | None:
+        """Why a part would do nothing, in a sentence."""
+        if self.clusters_activations or not any(isinstance(t, Reorder) for t in self.transforms):
+            return None
+        return (
+            f"The method {self.method} clusters the channels of inputs, and the scheme {self.scheme.notation} has none "
+            "to cluster: quantize activations to integers, as in w4a4, or choose another method."
+        )
+
+    @property
     def calibrates_heads(self) -> bool:
         """Whether queries, keys or values need something of calibration text: a range, or codebooks."""
         schemes = (self.scheme, *(rule.scheme for rule in self.layers))
@@ -279,11 +316,11 @@ def _name(part: Any) -> str:
 
 
 def _of_file(file: Path) -> dict[str, Any]:
-    content = read_file(file)
+    content, known = read_file(file), [*Recipe.model_fields, "activation"]
     for key in content:
-        if key not in Recipe.model_fields:
+        if key not in known:
             raise RecipeError(
-                f"{file} has an unknown key '{key}': {did_you_mean(str(key), Recipe.model_fields)}."
+                f"{file} has an unknown key '{key}': {did_you_mean(str(key), known)}."
             )
     return content
 
@@ -312,12 +349,19 @@ def _override(item: str) -> tuple[tuple[str, ...], Any]:
         ) from error
 
 
-def _scheme(text: object, overrides: Mapping[tuple[str, ...], Any]) -> Scheme:
-    """A scheme from its notation (or its full form in a file), with `weight.symmetric`-like overrides."""
+def _scheme(text: object, overrides: _Overrides, of_method: _Overrides | None = None) -> Scheme:
+    """A scheme from its notation (or its full form in a file), with `weight.symmetric`-like overrides.
+
+    of_method: what the method says of activations; the notation leaves it open where it has any but fp4.
+    """
     if isinstance(text, Mapping):
         base: Scheme = _make(Scheme, "The scheme", text)
     else:
         base = Scheme.parse(str(text))
+        if base.activation is not None and not base.activation.fp4:
+            # A user's come last, since the later of two that contradict each other is the one that is refused.
+            first = {key: value for key, value in (of_method or {}).items() if key not in overrides}
+            overrides = {**first, **overrides}
     fields = base.model_dump()
     for (tensor, *path), value in overrides.items():
         if len(path) != 1:
@@ -328,7 +372,10 @@ def _scheme(text: object, overrides: Mapping[tuple[str, ...], Any]) -> Scheme:
                 "choose a scheme that quantizes it."
             )
         fields[tensor][path[0]] = value
-        if tensor != "weight" and path[0] == "static" and value is True:
+        in_clusters = fields[tensor]["clusters"] is not None
+        if path[0] == "clusters" and in_clusters:
+            fields[tensor]["granularity"] = "cluster"
+        if tensor != "weight" and path[0] == "static" and value is True and not in_clusters:
             fields[tensor]["granularity"] = overrides.get((tensor, "granularity"), "tensor")
         if path[0] == "grid" and value != "int":
             fields[tensor]["symmetric"] = True
@@ -340,14 +387,23 @@ def _scheme(text: object, overrides: Mapping[tuple[str, ...], Any]) -> Scheme:
     return scheme
 
 
-def _layer_rule(rule: object, overrides: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+def _of_activations(options: object) -> _Overrides:
+    """What a method or a file says of the activations of schemes in notation, as overrides."""
+    if not isinstance(options, Mapping):
+        raise RecipeError(
+            f"The recipe's `activation` is `key: value` pairs such as clusters: 32, not {options!r}."
+        )
+    return {("activation", str(key)): value for key, value in options.items()}
+
+
+def _layer_rule(rule: object, overrides: _Overrides, of_method: _Overrides) -> dict[str, Any]:
     if not isinstance(rule, Mapping) or not rule.keys() >= {"match", "scheme"}:
         raise RecipeError(
             f"A rule in `layers` is {{match: PATTERN, scheme: SCHEME}}, not {rule!r}."
         )
     base = _scheme(rule["scheme"], {})
     apply = {key: value for key, value in overrides.items() if getattr(base, key[0]) is not None}
-    return dict(rule) | {"scheme": _scheme(rule["scheme"], apply)}
+    return dict(rule) | {"scheme": _scheme(rule["scheme"], apply, of_method)}
 
 
 def _set_option(fields: dict[str, Any], key: tuple[str, ...], value: Any) -> None:

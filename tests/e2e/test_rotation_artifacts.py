@@ -85,7 +85,8 @@ def test_the_packed_cache_holds_keys_that_were_turned(
     with torch.no_grad():
         whole = model(TOKENS).logits
         parts = [
-            model(part, past_key_values=cache).logits for part in TOKENS.split([9, 1, 1, 5, 8], dim=1)
+            model(part, past_key_values=cache).logits
+            for part in TOKENS.split([9, 1, 1, 5, 8], dim=1)
         ]
     assert torch.allclose(torch.cat(parts, dim=1), whole, atol=1e-9)
 

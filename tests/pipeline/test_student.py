@@ -152,10 +152,18 @@ def test_the_loss_is_what_loaders_compute(
     assert student.loss(torch.arange(2)) == pytest.approx(expected, rel=1e-3)
 
 
-def test_gradients_pass_static_ranges(checkpoint: Zoo, tmp_path: Path) -> None:
-    _, student, _ = student_of(
-        checkpoint, "llama", "w4a8", tmp_path, torch.float32, "activation.static=true"
-    )
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("activation.static=true",),
+        ("activation.clusters=8",),
+        ("activation.clusters=8", "activation.static=true"),
+    ],
+)
+def test_gradients_pass_ranges_of_calibration(
+    checkpoint: Zoo, tmp_path: Path, settings: tuple[str, ...]
+) -> None:
+    _, student, _ = student_of(checkpoint, "llama", "w4a8", tmp_path, torch.float32, *settings)
     student.gradient(WINDOWS, False)
     first = next(iter(student.blocks[0].values()))
     assert first.theta.grad is not None

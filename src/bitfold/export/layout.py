@@ -22,6 +22,7 @@ __all__ = [
     "Layout",
     "Refusal",
     "WeightFormat",
+    "input_buffers",
     "input_scale_name",
     "input_tensors",
 ]
@@ -31,15 +32,17 @@ __all__ = [
 class LayerEntry:
     """One linear layer; q, k and v in its scheme are ignored (see `AttentionEntry`).
 
-    input_scale: [1], the scale of a static activation, or the global scale of an nvfp4 one, float32; None for others,
-                 or if not calibrated yet.
-    input_zero:  [1] int8, its zero-point; None for symmetric grids.
+    input_scale: [1], the scale of a static activation (of each cluster, where it has clusters), or the global scale of
+                 an nvfp4 one, float32; None for others, or if not calibrated yet.
+    input_zero:  int8, its zero-points in the same shape; None for symmetric grids.
+    input_clusters: [in] uint8, the cluster of each channel; None where there are none.
     """
 
     scheme: Scheme
     in_features: int
     input_scale: Tensor | None = None
     input_zero: Tensor | None = None
+    input_clusters: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -100,23 +103,60 @@ class Refusal:
     reason: str
 
 
-def input_tensors(name: str, entry: LayerEntry) -> dict[str, Tensor]:
-    """Of a static activation `NAME.input_scale` and, asymmetric, `NAME.input_zero_point`, each [1]; of an nvfp4 one
-    `NAME.input_global_scale`, [1].
+def input_buffers(
+    activation: TensorScheme | None,
+    in_features: int,
+    storage: torch.dtype,
+    device: torch.device | str | None = None,
+) -> dict[str, Tensor]:
+    """Zeros in the place of what is stored of a calibrated activation, by its name behind the layer's.
 
-    Raises RecipeError when its range was not calibrated.
+    input_scale: [1], or [clusters], of a static one, in the dtype of storage, and input_zero_point, int8, if it is
+        asymmetric.
+    input_global_scale: [1] float32, of nvfp4.
+    input_clusters: [in_features] uint8, the cluster of each channel.
+    """
+    if activation is None:
+        return {}
+    ranges = activation.clusters or 1
+    shapes: dict[str, tuple[int, torch.dtype]] = {}
+    if activation.static:
+        shapes["input_scale"] = (ranges, storage)
+    if activation.static and not activation.symmetric:
+        shapes["input_zero_point"] = (ranges, torch.int8)
+    if activation.grid == "nvfp4":
+        shapes["input_global_scale"] = (1, torch.float32)
+    if activation.clusters is not None:
+        shapes["input_clusters"] = (in_features, torch.uint8)
+    return {
+        name: torch.zeros(size, dtype=dtype, device=device)
+        for name, (size, dtype) in shapes.items()
+    }
+
+
+def input_tensors(name: str, entry: LayerEntry) -> dict[str, Tensor]:
+    """The tensors of `input_buffers`, by full name.
+
+    Raises RecipeError when its range, or its clusters, were not calibrated.
     """
     activation = entry.scheme.activation
-    if activation is None or not activation.calibrated:
+    if activation is None:
         return {}
-    if entry.input_scale is None or (entry.input_zero is None and not activation.symmetric):
-        raise RecipeError(
-            f"{name} has activations that take a range from calibration text, and it is not there: calibrate them, "
-            "or choose a dynamic scheme."
-        )
-    tensors = {f"{name}.{input_scale_name(activation)}": entry.input_scale.reshape(1)}
-    if entry.input_zero is not None and not activation.symmetric:
-        tensors[f"{name}.input_zero_point"] = entry.input_zero.reshape(1)
+    found = {
+        input_scale_name(activation): entry.input_scale,
+        "input_zero_point": entry.input_zero,
+        "input_clusters": entry.input_clusters,
+    }
+    tensors: dict[str, Tensor] = {}
+    for key, empty in input_buffers(activation, entry.in_features, torch.float32, "meta").items():
+        value = found[key]
+        if value is None:
+            raise RecipeError(
+                f"{name} has activations that take a range from calibration text, and it is not there: calibrate them, "
+                "or choose a dynamic scheme."
+            )
+        # A copy, since layers that read the same input have the same, and safetensors stores no tensor twice.
+        tensors[f"{name}.{key}"] = value.reshape(empty.shape).clone()
     return tensors
 
 

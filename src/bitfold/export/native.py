@@ -1,5 +1,5 @@
-"""bitfold's own format, for what compressed-tensors cannot say: nf4, codebooks, keys unlike values, maps that run,
-fp4 beside other dtypes than bfloat16.
+"""bitfold's own format, for what compressed-tensors cannot say: nf4, codebooks, clusters of channels, keys unlike
+values, maps that run, fp4 beside other dtypes than bfloat16.
 
 Loaded by `bitfold.runtime.hf_quantizer`. Each weight is packed into int32 words under the name
 `weight`, so that a transformers that does not know the format stops at a shape it did not expect;
@@ -55,8 +55,10 @@ def choose(layout: Layout) -> Choice | Refusal:
             return Refusal(f"a weight has no tokens ({name})")
         if activation is not None and activation.granularity == "channel":
             return Refusal(f"activations have no scale per channel ({name})")
-        if activation is not None and activation.static and activation.granularity != "tensor":
-            return Refusal(f"static activations have one scale per tensor ({name})")
+        if activation is None or not activation.static:
+            continue
+        if activation.granularity not in ("tensor", "cluster"):
+            return Refusal(f"static activations have one scale per tensor or cluster ({name})")
     if layout.online and all(entry.scheme.weight is None for entry in layout.linears.values()):
         return Refusal(
             "maps that run go with quantized weights, or else a transformers without bitfold would drop them unseen"

@@ -1,6 +1,7 @@
 """Grids, schemes, quantize/dequantize, bit packing: pure functions on tensors."""
 
 from bitfold.numerics.blocks import blocks_product, linear_blocks
+from bitfold.numerics.clusters import channel_clusters, over_clusters
 from bitfold.numerics.codebook import CodebookShape, entries_of, quantize_values
 from bitfold.numerics.fp4 import global_scale, scale_dtype_of
 from bitfold.numerics.hadamard import hadamard_matrix, hadamard_size
@@ -28,6 +29,7 @@ __all__ = [
     "TensorScheme",
     "apply_map",
     "blocks_product",
+    "channel_clusters",
     "dequantize",
     "dynamic_scale_and_zero",
     "entries_of",
@@ -39,6 +41,7 @@ __all__ = [
     "hadamard_matrix",
     "hadamard_size",
     "linear_blocks",
+    "over_clusters",
     "pack",
     "packed_width",
     "quantize",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bitfold.errors import RecipeError
+from bitfold.numerics.clusters import channel_clusters, over_clusters
 from bitfold.numerics.fp4 import (
     fp4_codes,
     fp4_scale,
@@ -170,15 +171,21 @@ def fake_quantize(
 
 
 def fake_quantize_dynamic(
-    x: Tensor, scheme: TensorScheme, global_scale: Tensor | None = None
+    x: Tensor,
+    scheme: TensorScheme,
+    global_scale: Tensor | None = None,
+    clusters: Tensor | None = None,
 ) -> Tensor:
     """Fake quantization with the min-max range of what it is given; same shape and dtype as x.
 
     global_scale: [1], float32, of the grid nvfp4; None: that of x itself, which is no longer what runs.
+    clusters: of x's channels [n], uint8; None: those of x itself, likewise.
 
     What compressed-tensors computes at run time, to the bit and in every dtype, so that an artifact
     gives the logits of the simulation: here, unlike in a weight, a constant group is not special.
     """
+    if scheme.clusters is not None:
+        return _in_clusters(x, scheme, clusters)
     groups = to_groups(x, scheme)
     if scheme.fp4:
         largest = groups.abs().amax(dim=-1, keepdim=True)
@@ -186,6 +193,25 @@ def fake_quantize_dynamic(
         return from_groups(fake_quantize(groups, scale, None, scheme), x.shape)
     scale, zero = dynamic_scale_and_zero(groups, scheme)
     return from_groups(fake_quantize(groups, scale, zero, scheme), x.shape)
+
+
+def _in_clusters(x: Tensor, scheme: TensorScheme, clusters: Tensor | None) -> Tensor:
+    """Each cluster of channels in the range of its own values: of a token, or where static of all tokens."""
+    assert scheme.clusters is not None
+    rows = x.flatten(0, -2)
+    lows = highs = rows
+    if scheme.static:
+        lows, highs = rows.amin(dim=0, keepdim=True), rows.amax(dim=0, keepdim=True)
+    if clusters is None:
+        clusters = channel_clusters(lows.amin(dim=0), highs.amax(dim=0), scheme.clusters)
+    scale, zero = _scale_and_zero_between(
+        over_clusters(lows, clusters, scheme.clusters, "amin"),
+        over_clusters(highs, clusters, scheme.clusters, "amax"),
+        scheme,
+    )
+    at = clusters.long()
+    of_channel = None if zero is None else zero[:, at]
+    return fake_quantize(rows, scale[:, at], of_channel, scheme).view(x.shape)
 
 
 def fake_quantize_static(
@@ -213,9 +239,16 @@ def dynamic_scale_and_zero(groups: Tensor, scheme: TensorScheme) -> tuple[Tensor
     `fake_quantize_dynamic` (not for fp4)."""
     # Not torch.aminmax, which takes over four times as long as both of these on a CPU.
     minimum, maximum = groups.amin(dim=-1, keepdim=True), groups.amax(dim=-1, keepdim=True)
+    return _scale_and_zero_between(minimum, maximum, scheme)
+
+
+def _scale_and_zero_between(
+    minimum: Tensor, maximum: Tensor, scheme: TensorScheme
+) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero-point of min-max ranges, in their shape, computed in their dtype."""
     minimum, maximum = minimum.clamp(max=0), maximum.clamp(min=0)
     # Tensors, because CUDA turns a division by a Python number into a product with its inverse.
-    steps = torch.tensor(_steps(scheme), dtype=groups.dtype, device=groups.device)
+    steps = torch.tensor(_steps(scheme), dtype=minimum.dtype, device=minimum.device)
     if scheme.symmetric:
         scale = torch.maximum(-minimum, maximum) / (steps / 2)
         return torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale), None

@@ -11,7 +11,7 @@ from bitfold.numerics.codebook import CodebookShape
 __all__ = ["GridName", "Scheme", "TensorScheme"]
 
 GridName = Literal["int", "fp8_e4m3", "nf4", "mxfp4", "nvfp4", "codebook"]
-Granularity = Literal["tensor", "head", "channel", "group", "token"]
+Granularity = Literal["tensor", "head", "channel", "group", "token", "cluster"]
 
 _FIXED_BITS = {"fp8_e4m3": 8, "nf4": 4, "mxfp4": 4, "nvfp4": 4}
 # Grids whose definition says how many consecutive inputs share a scale.
@@ -23,7 +23,8 @@ class TensorScheme(BaseModel):
 
     `granularity` names the elements that share one scale: all of them (`tensor`), a row of a weight
     (`channel`), `group_size` consecutive inputs of a row (`group`), or the last axis of an activation
-    (`token`). For queries, keys and values, [batch, head, token, head_dim], a scale is
+    (`token`), or a cluster of an activation's channels (`cluster`): static, of all tokens, or of each token by itself.
+    For queries, keys and values, [batch, head, token, head_dim], a scale is
 
     token    of a token and head; `group`: of `group_size` adjacent dimensions of a token and head. Dynamic.
     channel  of a head and dimension: static, the same for all tokens; or of keys, with `group_size`, found for that
@@ -44,6 +45,7 @@ class TensorScheme(BaseModel):
     narrow: bool = False
     granularity: Granularity = "channel"
     group_size: int | None = Field(default=None, ge=2)
+    clusters: int | None = Field(default=None, ge=2, le=256)
     static: bool = False
     codebook: CodebookShape | None = None
     kept: int = Field(default=0, ge=0)
@@ -69,6 +71,8 @@ class TensorScheme(BaseModel):
             raise ValueError(
                 f"grid {self.grid} has one scale for every {size} inputs: set granularity=group and group_size={size}"
             )
+        if (self.granularity == "cluster") != (self.clusters is not None):
+            raise ValueError("clusters goes with granularity=cluster, and only with it")
         if self.granularity == "token" and self.static:
             raise ValueError("a scale per token is dynamic: set granularity=tensor for static=true")
         if self.codebook is not None and self.grid != "codebook":
@@ -107,8 +111,9 @@ class TensorScheme(BaseModel):
 
     @property
     def calibrated(self) -> bool:
-        """Whether an activation needs something of calibration text: its range, or the global scale of nvfp4."""
-        return self.static or self.grid == "nvfp4"
+        """Whether an activation needs something of calibration text: its range, its clusters, or the global scale of
+        nvfp4."""
+        return self.static or self.grid == "nvfp4" or self.clusters is not None
 
     def describe(self) -> str:
         """A few words for a table.
@@ -122,6 +127,7 @@ class TensorScheme(BaseModel):
         sign = "symmetric" if self.symmetric else "asymmetric"
         where = f"group {self.group_size}" if self.group_size else self.granularity
         where = f"channel of {self.group_size} tokens" if self.groups_tokens else where
+        where = f"{self.clusters} clusters of channels" if self.clusters else where
         kept = f", {self.kept} columns kept" if self.kept else ""
         return f"{grid} {sign}, {'static ' if self.static else ''}{where}{kept}"
 
@@ -194,6 +200,10 @@ class Scheme(BaseModel):
             part = getattr(self, name)
             if part is not None and part.grid == "codebook":
                 raise ValueError(f"the {name} has no codebook: only weights and values have")
+        for name in ("weight", "query", "key", "value"):
+            part = getattr(self, name)
+            if part is not None and part.clusters:
+                raise ValueError(f"the {name} has no clusters of channels: only activations have")
         for name in ("activation", "query", "key", "value"):
             part = getattr(self, name)
             if part is not None and part.kept:

@@ -8,18 +8,16 @@ import torch
 from torch import Tensor
 
 from bitfold.models.skeleton import Skeleton
-from bitfold.numerics import QuantizedTensor, Scheme, global_scale, scale_and_zero
-from bitfold.part import Need
+from bitfold.numerics import QuantizedTensor, Scheme
 from bitfold.pipeline.calibrated_heads import calibrated_heads
 from bitfold.pipeline.hooks import InputQuantizer, capturing_inputs, quantizing
+from bitfold.pipeline.inputs import calibration_needs, input_quantizers
 from bitfold.pipeline.measure import input_statistics
 from bitfold.pipeline.online import with_identities
 from bitfold.pipeline.plan import Plan
 from bitfold.pipeline.rewrite import rewrite_block
 from bitfold.pipeline.round import round_block
 from bitfold.pipeline.streams import Streams
-from bitfold.recipe import Recipe
-from bitfold.statistics import InputStatistics
 
 __all__ = ["QuantizedBlock", "quantize_block", "run_quantized"]
 
@@ -82,12 +80,10 @@ def quantize_block(
     }
     folded |= {name: value.to(dtype) for name, value in plain.items()}
 
-    ranges = input_statistics(skeleton, index, plan, folded, streams, _calibration_needs(recipe))
-    inputs = {
-        name: _input_quantizer(scheme, ranges.get(skeleton.family.input_of(name)), plan)
-        for name, scheme in schemes.items()
-        if scheme.activation is not None
-    }
+    ranges = input_statistics(skeleton, index, plan, folded, streams, calibration_needs(recipe))
+    inputs = input_quantizers(
+        schemes, skeleton.family, ranges, recipe.activation_range, plan.storage
+    )
     tensors, rounding_notes = round_block(
         skeleton, index, plan, streams, folded, inputs, rewritten.clipping, report
     )
@@ -129,35 +125,6 @@ def run_quantized(
             return skeleton.run(index, weights, hidden)
 
     return run
-
-
-def _calibration_needs(recipe: Recipe) -> frozenset[Need]:
-    """What calibrated activations' scales are found from."""
-    return frozenset({"rows", "channels"}) if recipe.calibrates_activations else frozenset()
-
-
-def _input_quantizer(
-    scheme: Scheme, statistics: InputStatistics | None, plan: Plan
-) -> InputQuantizer:
-    activation = scheme.activation
-    assert activation is not None
-    if not activation.calibrated:
-        return InputQuantizer(activation)
-    assert statistics is not None
-    if not activation.static:
-        # Never by a range that clips: beyond the global scale whole groups would be.
-        largest = torch.cat([statistics.minimum.abs(), statistics.maximum.abs()])
-        return InputQuantizer(activation, global_scale(largest))
-    # The sample decides the range; the extremes of the whole stream are added for ranges that do not clip.
-    extremes = torch.stack([statistics.minimum.min(), statistics.maximum.max()])
-    values = torch.cat([statistics.rows.flatten(), extremes]).unsqueeze(0)
-    limits = plan.recipe.activation_range.limits(values, activation)
-    scale, zero = scale_and_zero(limits[0], limits[1], activation, plan.storage)
-    return InputQuantizer(
-        activation,
-        scale.reshape(1).to(plan.storage),
-        None if zero is None else zero.reshape(1).to(torch.int8),
-    )
 
 
 def _layer_errors(

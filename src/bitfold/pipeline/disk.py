@@ -5,7 +5,7 @@ import shutil
 
 from bitfold.errors import OutputError
 from bitfold.export.artifact import companion_files
-from bitfold.export.layout import WeightFormat
+from bitfold.export.layout import WeightFormat, input_buffers
 from bitfold.models.checkpoint import tensor_bytes
 from bitfold.models.family import head_counts
 from bitfold.numerics import QuantizedTensor, TensorScheme
@@ -44,6 +44,9 @@ def artifact_bytes(job: Job) -> int:
         if key not in known:
             known[key] = weight_bytes(job, *key)
         weights, tensors = weights + known[key][0], tensors + known[key][1]
+    for entry in job.plan.layout.linears.values():
+        inputs = input_buffers(entry.scheme.activation, entry.in_features, job.plan.storage, "meta")
+        weights, tensors = weights + tensor_bytes(inputs), tensors + len(inputs)
     if job.plan.online is not None:
         weights, tensors = (
             weights + job.plan.online.bytes,

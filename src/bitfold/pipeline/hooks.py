@@ -22,15 +22,16 @@ __all__ = [
 
 @dataclass(frozen=True)
 class InputQuantizer:
-    """How a linear layer's input is quantized; scale and zero are [1] tensors for static activations, scale the
-    global scale of nvfp4 ones."""
+    """How a linear layer's input is quantized; scale and zero are [1] tensors for static activations, or [clusters];
+    scale the global scale of nvfp4 ones; clusters [in] the cluster of each channel, where there are any."""
 
     scheme: TensorScheme
     scale: Tensor | None = None
     zero: Tensor | None = None
+    clusters: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        return quantize_input(x, self.scheme, self.scale, self.zero)
+        return quantize_input(x, self.scheme, self.scale, self.zero, self.clusters)
 
 
 class _Enough(Exception):  # noqa: N818 - not an error

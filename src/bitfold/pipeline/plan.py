@@ -70,8 +70,10 @@ def make_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
     """Hold a recipe against a network.
 
     Raises RecipeError, naming layer, shape and option, for a group size that does not divide, a pattern that matches
-    nothing, rules that contradict each other, or a recipe that quantizes nothing.
+    nothing, rules that contradict each other, or a recipe that quantizes nothing or has a part that does nothing.
     """
+    if recipe.idle:
+        raise RecipeError(recipe.idle)
     names = _linear_names(skeleton)
     _check_patterns(recipe, list(names))
     schemes = {name: recipe.scheme_for(name) or Scheme() for name in names}
@@ -145,6 +147,12 @@ def _check_layer(name: str, inputs: int, scheme: Scheme, recipe: Recipe) -> None
     _check_group(
         "The activation's group size", scheme.activation, f"the {inputs} inputs of {name}", inputs
     )
+    clusters = scheme.activation.clusters if scheme.activation else None
+    if clusters and clusters > inputs:
+        raise RecipeError(
+            f"{clusters} clusters are more than the {inputs} inputs of {name} have channels: choose fewer "
+            "(activation.clusters), or give that layer its own scheme."
+        )
     weight = scheme.weight
     if (
         weight is not None

@@ -34,7 +34,9 @@ def block_tensors(
     for name, quantizer in block.inputs.items():
         full = f"{prefix}.{name}"
         width = plan.layout.linears[full].in_features
-        entry = LayerEntry(plan.schemes[full], width, quantizer.scale, quantizer.zero)
+        entry = LayerEntry(
+            plan.schemes[full], width, quantizer.scale, quantizer.zero, quantizer.clusters
+        )
         tensors |= input_tensors(full, entry)
     attention = _attention_name(skeleton, index)
     return tensors | {f"{attention}.{name}": value for name, value in block.head_tensors.items()}
@@ -59,6 +61,7 @@ def block_from_tensors(
             scheme.activation,
             tensors.get(f"{prefix}.{name}.{input_scale_name(scheme.activation)}"),
             tensors.get(f"{prefix}.{name}.input_zero_point"),
+            tensors.get(f"{prefix}.{name}.input_clusters"),
         )
         for name, scheme in schemes.items()
         if scheme.activation is not None

@@ -382,15 +382,17 @@ def _in_batches(windows: Tensor, length: int) -> Sequence[Tensor]:
 
 def _through(quantizer: InputQuantizer) -> Callable[[Tensor], Tensor]:
     """The same quantization, with gradients: of what a static range clips there are none."""
-    if quantizer.scheme.fp4:
+    scheme = quantizer.scheme
+    if scheme.fp4 or (scheme.clusters is not None and not scheme.static):
         return lambda x: x + (quantizer(x) - x).detach()
-    if not quantizer.scheme.static:
-        return lambda x: fake_quantize_trainable(x, quantizer.scheme)
+    if not scheme.static:
+        return lambda x: fake_quantize_trainable(x, scheme)
 
     def quantize(x: Tensor) -> Tensor:
         with torch.no_grad():
             largest = torch.finfo(x.dtype).max
-            low, high = quantizer(x.new_tensor([[-largest, largest]])).flatten().unbind()
+            ends = x.new_tensor([-largest, largest]).unsqueeze(-1)
+            low, high = quantizer(ends.expand(-1, x.shape[-1])).unbind()
             rounded = quantizer(x)
         clipped = x.clamp(low, high)
         return clipped + (rounded - clipped).detach()

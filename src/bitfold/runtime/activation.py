@@ -1,6 +1,7 @@
 """What happens to the input of a linear layer, the same in the simulation and in the artifact.
 
-The arithmetic is compressed-tensors', to the bit, in every floating point dtype.
+The arithmetic is compressed-tensors', to the bit, in every floating point dtype; so it is in clusters of channels,
+which compressed-tensors does not have.
 """
 
 from torch import Tensor
@@ -12,18 +13,29 @@ __all__ = ["quantize_input"]
 
 
 def quantize_input(
-    x: Tensor, scheme: TensorScheme, scale: Tensor | None = None, zero: Tensor | None = None
+    x: Tensor,
+    scheme: TensorScheme,
+    scale: Tensor | None = None,
+    zero: Tensor | None = None,
+    clusters: Tensor | None = None,
 ) -> Tensor:
     """Fake-quantize the input of a linear layer; same shape and dtype as x.
 
-    x:     [..., in_features]
-    scale: [1], for static schemes, and the global scale of nvfp4, float32; else x itself gives the range.
-    zero:  [1] int8, for static asymmetric schemes.
+    x:        [..., in_features]
+    scale:    [1], or one for each cluster, for static schemes, and the global scale of nvfp4, float32; else x itself
+              gives the range.
+    zero:     int8 in the shape of scale, for static asymmetric schemes.
+    clusters: [in_features] uint8, the cluster of each channel, where the scheme has clusters.
 
-    Raises RecipeError when what is calibrated is missing, the scale or an asymmetric scheme's zero-point.
+    Raises RecipeError when what is calibrated is missing: clusters, the scale or an asymmetric scheme's zero-point.
     """
-    if not scheme.calibrated:
-        return fake_quantize_dynamic(x, scheme)
+    if scheme.clusters is not None and clusters is None:
+        raise RecipeError(
+            "Clusters of channels come from calibration text, and are not there: calibrate them, or choose a scheme "
+            "without clusters."
+        )
+    if not scheme.static and scheme.grid != "nvfp4":
+        return fake_quantize_dynamic(x, scheme, clusters=clusters)
     if scale is None or (zero is None and not scheme.symmetric):
         raise RecipeError(
             "A static activation needs its calibrated scale and zero-point, and an nvfp4 one its global scale: "
@@ -31,5 +43,8 @@ def quantize_input(
         )
     if not scheme.static:
         return fake_quantize_dynamic(x, scheme, scale)
-    zero = None if scheme.symmetric or zero is None else zero.to(x.dtype)
-    return fake_quantize(x, scale.to(x.dtype), zero, scheme)
+    zero = None if scheme.symmetric else zero
+    if clusters is not None:
+        at = clusters.long()
+        scale, zero = scale[at], None if zero is None else zero[at]
+    return fake_quantize(x, scale.to(x.dtype), None if zero is None else zero.to(x.dtype), scheme)

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bitfold.export.layout import input_buffers
 from bitfold.export.native import unpack_weight
 from bitfold.numerics import Scheme, TensorScheme, packed_width
 from bitfold.runtime.activation import quantize_input
@@ -25,6 +26,7 @@ class QuantizedLinear(nn.Module):
     input_scale: Tensor | None
     input_global_scale: Tensor | None
     input_zero_point: Tensor | None
+    input_clusters: Tensor | None
 
     def __init__(
         self,
@@ -60,13 +62,9 @@ class QuantizedLinear(nn.Module):
             buffer("weight_codebook", entries, torch.int8)
             buffer("weight_kept", (out_features, weight.kept) if weight.kept else None, dtype)
             buffer("weight_columns", (weight.kept,) if weight.kept else None, torch.int32)
-        activation = scheme.activation
-        static = activation is not None and activation.static
-        asymmetric = activation is not None and not activation.symmetric
-        in_tensor = activation is not None and activation.calibrated and not static
-        buffer("input_scale", (1,) if static else None, dtype)
-        buffer("input_global_scale", (1,) if in_tensor else None, torch.float32)
-        buffer("input_zero_point", (1,) if static and asymmetric else None, torch.int8)
+        inputs = input_buffers(scheme.activation, in_features, dtype, device)
+        for name in ("input_scale", "input_global_scale", "input_zero_point", "input_clusters"):
+            self.register_buffer(name, inputs.get(name))
         empty = torch.zeros(out_features, dtype=dtype, device=device)
         self.bias = nn.Parameter(empty, requires_grad=False) if bias else None
 
@@ -74,7 +72,9 @@ class QuantizedLinear(nn.Module):
         """[..., in] → [..., out]"""
         if self.scheme.activation is not None:
             scale = self.input_scale if self.input_global_scale is None else self.input_global_scale
-            x = quantize_input(x, self.scheme.activation, scale, self.input_zero_point)
+            x = quantize_input(
+                x, self.scheme.activation, scale, self.input_zero_point, self.input_clusters
+            )
         return F.linear(x, self.dequantize(x.dtype), self.bias)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:

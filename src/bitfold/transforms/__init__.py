@@ -10,6 +10,7 @@ from bitfold.transforms.awq import Awq
 from bitfold.transforms.block_transform import BlockTransform
 from bitfold.transforms.groups import Heads, Transform, fold
 from bitfold.transforms.kronecker import Kronecker
+from bitfold.transforms.reorder import Reorder
 from bitfold.transforms.rotation import Rotation
 from bitfold.transforms.site_transform import SiteTransform
 from bitfold.transforms.smoothquant import SmoothQuant
@@ -33,4 +34,5 @@ TRANSFORMS: dict[str, type[SiteTransform | BlockTransform | StreamTransform]] = 
     "wush": Wush,
     "kronecker": Kronecker,
     "affine": Affine,
+    "reorder": Reorder,
 }

@@ -1,0 +1,96 @@
+"""How the inputs of a block's layers are quantized: what is calibrated of them, from statistics of the stream."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from bitfold.models.family import Family
+from bitfold.numerics import (
+    Scheme,
+    TensorScheme,
+    channel_clusters,
+    global_scale,
+    scale_and_zero,
+)
+from bitfold.part import Need
+from bitfold.pipeline.hooks import InputQuantizer
+from bitfold.ranges import Range
+from bitfold.recipe import Recipe
+from bitfold.statistics import InputStatistics
+
+__all__ = ["calibration_needs", "input_quantizers"]
+
+
+def calibration_needs(recipe: Recipe) -> frozenset[Need]:
+    """What calibrated activations' scales and clusters are found from."""
+    return frozenset({"rows", "channels"}) if recipe.calibrates_activations else frozenset()
+
+
+def input_quantizers(
+    schemes: Mapping[str, Scheme],
+    family: Family,
+    statistics: Mapping[str, InputStatistics],
+    chosen: Range,
+    storage: torch.dtype,
+) -> dict[str, InputQuantizer]:
+    """The quantizers of a block's layers whose schemes have an activation; those of one input and scheme are one.
+
+    statistics: of the inputs (`calibration_needs`), where an activation is calibrated; chosen: the way of choosing
+    ranges; storage: the dtype in which scales will be stored.
+    """
+    known: dict[tuple[str, TensorScheme], InputQuantizer] = {}
+    found: dict[str, InputQuantizer] = {}
+    for name, scheme in schemes.items():
+        if scheme.activation is None:
+            continue
+        given = family.input_of(name)
+        key = (given, scheme.activation)
+        if key not in known:
+            known[key] = _quantizer(scheme.activation, statistics.get(given), chosen, storage)
+        found[name] = known[key]
+    return found
+
+
+def _quantizer(
+    activation: TensorScheme,
+    statistics: InputStatistics | None,
+    chosen: Range,
+    storage: torch.dtype,
+) -> InputQuantizer:
+    if not activation.calibrated:
+        return InputQuantizer(activation)
+    assert statistics is not None
+    if activation.grid == "nvfp4":
+        # Never by a range that clips: beyond the global scale whole groups would be.
+        largest = torch.cat([statistics.minimum.abs(), statistics.maximum.abs()])
+        return InputQuantizer(activation, global_scale(largest))
+    clusters = None
+    if activation.clusters is not None:
+        clusters = channel_clusters(statistics.minimum, statistics.maximum, activation.clusters)
+    if not activation.static:
+        return InputQuantizer(activation, clusters=clusters)
+    minimum, maximum = _static_limits(activation, statistics, clusters, chosen)
+    scale, zero = scale_and_zero(minimum, maximum, activation, storage)
+    stored_zero = None if zero is None else zero.to(torch.int8)
+    return InputQuantizer(activation, scale.to(storage), stored_zero, clusters)
+
+
+def _static_limits(
+    activation: TensorScheme, statistics: InputStatistics, clusters: Tensor | None, chosen: Range
+) -> tuple[Tensor, Tensor]:
+    """Lower and upper limit of each cluster [count], 0 where it has no channels; without clusters all channels are one.
+
+    The sample decides the range; the extremes of the whole stream are added for ranges that do not clip.
+    """
+    if clusters is None:
+        clusters = torch.zeros_like(statistics.minimum, dtype=torch.uint8)
+    minimum = statistics.minimum.new_zeros(activation.clusters or 1)
+    maximum = torch.zeros_like(minimum)
+    for cluster in clusters.unique().tolist():
+        inside = clusters == cluster
+        extremes = torch.stack([statistics.minimum[inside].min(), statistics.maximum[inside].max()])
+        values = torch.cat([statistics.rows[:, inside].flatten(), extremes]).unsqueeze(0)
+        low, high = chosen.limits(values, activation)
+        minimum[cluster], maximum[cluster] = low.squeeze(), high.squeeze()
+    return minimum, maximum
