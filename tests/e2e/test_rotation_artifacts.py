@@ -60,6 +60,33 @@ def test_maps_stand_where_the_paper_has_them(checkpoint: Zoo, tokens: Path, tmp_
     assert set(signs.unique().tolist()) == {-1.0, 1.0}
 
 
+def test_ranges_are_clipped_to_a_share_that_is_stored(
+    checkpoint: Zoo, tokens: Path, tmp_path: Path
+) -> None:
+    _quantize(checkpoint("llama", BF16), tokens, tmp_path / "out", scheme="w4a3")
+    loaded = bitfold.load(tmp_path / "out")
+    shares = [value for name, value in loaded.named_buffers() if name.endswith("input_share")]
+    assert len(shares) == 2 * 7
+    assert all(0.5 <= float(share) <= 1 for share in shares)
+    assert min(float(share) for share in shares) < 1
+    whole = {"set": ("activation.clipped=false",), "scheme": "w4a3"}
+    _quantize(checkpoint("llama", BF16), tokens, tmp_path / "whole", **whole)
+    names = [name for name, _ in bitfold.load(tmp_path / "whole").named_buffers()]
+    assert not any(name.endswith("input_share") for name in names)
+
+
+def test_what_has_no_range_to_clip_is_refused(
+    checkpoint: Zoo, tokens: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match=r"set clipped=false"):
+        _quantize(
+            checkpoint("llama", BF16),
+            tokens,
+            tmp_path / "out",
+            set=("activation.static=true",),
+        )
+
+
 def test_the_cache_goes_on_where_the_prompt_ended(
     checkpoint: Zoo, tokens: Path, tmp_path: Path
 ) -> None:

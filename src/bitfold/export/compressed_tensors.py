@@ -192,6 +192,8 @@ def _unsayable_activation(activation: TensorScheme) -> str | None:
         return "it has no narrow grid for activations"
     if activation.granularity == "channel":
         return "it has no scale per channel for activations"
+    if activation.clipped:
+        return "it has no clipped ranges of tokens for activations"
     if activation.granularity == "cluster":
         return "it has no scale per cluster of channels for activations"
     if activation.static and activation.granularity != "tensor":

@@ -33,7 +33,7 @@ class LayerEntry:
     """One linear layer; q, k and v in its scheme are ignored (see `AttentionEntry`).
 
     input_scale: [1], the scale of a static activation (of each cluster, where it has clusters), or the global scale of
-                 an nvfp4 one, float32; None for others, or if not calibrated yet.
+                 an nvfp4 one, float32, or the share of a clipped one; None for others, or if not calibrated yet.
     input_zero:  int8, its zero-points in the same shape; None for symmetric grids.
     input_clusters: [in] uint8, the cluster of each channel; None where there are none.
     """
@@ -114,6 +114,7 @@ def input_buffers(
     input_scale: [1], or [clusters], of a static one, in the dtype of storage, and input_zero_point, int8, if it is
         asymmetric.
     input_global_scale: [1] float32, of nvfp4.
+    input_share: [1], of its range that a clipped one has, in the dtype of storage.
     input_clusters: [in_features] uint8, the cluster of each channel.
     """
     if activation is None:
@@ -126,6 +127,8 @@ def input_buffers(
         shapes["input_zero_point"] = (ranges, torch.int8)
     if activation.grid == "nvfp4":
         shapes["input_global_scale"] = (1, torch.float32)
+    if activation.clipped:
+        shapes["input_share"] = (1, storage)
     if activation.clusters is not None:
         shapes["input_clusters"] = (in_features, torch.uint8)
     return {
@@ -162,4 +165,6 @@ def input_tensors(name: str, entry: LayerEntry) -> dict[str, Tensor]:
 
 def input_scale_name(activation: TensorScheme) -> str:
     """What the scale of `input_tensors` is called behind the layer's name."""
+    if activation.clipped:
+        return "input_share"
     return "input_global_scale" if activation.grid == "nvfp4" else "input_scale"

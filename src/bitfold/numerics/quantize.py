@@ -175,11 +175,13 @@ def fake_quantize_dynamic(
     scheme: TensorScheme,
     global_scale: Tensor | None = None,
     clusters: Tensor | None = None,
+    share: Tensor | None = None,
 ) -> Tensor:
     """Fake quantization with the min-max range of what it is given; same shape and dtype as x.
 
     global_scale: [1], float32, of the grid nvfp4; None: that of x itself, which is no longer what runs.
-    clusters: of x's channels [n], uint8; None: those of x itself, likewise.
+    clusters: of x's channels [n], uint8; None: those of x itself, likewise. share: [1], of the range that it is
+    clipped to; None: all of it.
 
     What compressed-tensors computes at run time, to the bit and in every dtype, so that an artifact
     gives the logits of the simulation: here, unlike in a weight, a constant group is not special.
@@ -191,7 +193,7 @@ def fake_quantize_dynamic(
         largest = groups.abs().amax(dim=-1, keepdim=True)
         scale = fp4_scale_dynamic(largest, scheme, global_scale)
         return from_groups(fake_quantize(groups, scale, None, scheme), x.shape)
-    scale, zero = dynamic_scale_and_zero(groups, scheme)
+    scale, zero = dynamic_scale_and_zero(groups, scheme, share)
     return from_groups(fake_quantize(groups, scale, zero, scheme), x.shape)
 
 
@@ -234,11 +236,15 @@ def fake_quantize_static(
     return clipped + (rounded - clipped).detach()
 
 
-def dynamic_scale_and_zero(groups: Tensor, scheme: TensorScheme) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero-point of the groups' min-max ranges, [..., 1], computed in their dtype: those of
-    `fake_quantize_dynamic` (not for fp4)."""
+def dynamic_scale_and_zero(
+    groups: Tensor, scheme: TensorScheme, share: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero-point of the groups' min-max ranges, or of a share of them, [..., 1], computed in their dtype:
+    those of `fake_quantize_dynamic` (not for fp4)."""
     # Not torch.aminmax, which takes over four times as long as both of these on a CPU.
     minimum, maximum = groups.amin(dim=-1, keepdim=True), groups.amax(dim=-1, keepdim=True)
+    if share is not None:
+        minimum, maximum = minimum * share.to(groups.dtype), maximum * share.to(groups.dtype)
     return _scale_and_zero_between(minimum, maximum, scheme)
 
 

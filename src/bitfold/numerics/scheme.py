@@ -33,8 +33,8 @@ class TensorScheme(BaseModel):
     head     of a head of a layer; `tensor`: of a layer. Static.
 
     The grids `mxfp4` and `nvfp4` have groups of 32 and 16. `codebook`: the size of a learned one, once it is known;
-    `bits` are then those that were asked for. `kept`: how many columns of a weight stand beside the codes in the dtype
-    of the scales.
+    `bits` are then those that were asked for. `clipped`: an activation's dynamic range is a share of its min-max, found
+    on calibration text. `kept`: how many columns of a weight stand beside the codes in the dtype of the scales.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -47,6 +47,7 @@ class TensorScheme(BaseModel):
     group_size: int | None = Field(default=None, ge=2)
     clusters: int | None = Field(default=None, ge=2, le=256)
     static: bool = False
+    clipped: bool = False
     codebook: CodebookShape | None = None
     kept: int = Field(default=0, ge=0)
 
@@ -73,6 +74,11 @@ class TensorScheme(BaseModel):
             )
         if (self.granularity == "cluster") != (self.clusters is not None):
             raise ValueError("clusters goes with granularity=cluster, and only with it")
+        if self.clipped and (self.fp4 or self.static or self.clusters is not None):
+            raise ValueError(
+                "clipped shrinks the range that a token's values have as they come, without static, clusters or fp4 "
+                "grids: set clipped=false"
+            )
         if self.granularity == "token" and self.static:
             raise ValueError("a scale per token is dynamic: set granularity=tensor for static=true")
         if self.codebook is not None and self.grid != "codebook":
@@ -111,9 +117,9 @@ class TensorScheme(BaseModel):
 
     @property
     def calibrated(self) -> bool:
-        """Whether an activation needs something of calibration text: its range, its clusters, or the global scale of
-        nvfp4."""
-        return self.static or self.grid == "nvfp4" or self.clusters is not None
+        """Whether an activation needs something of calibration text: its range or a share of it, its clusters, or the
+        global scale of nvfp4."""
+        return self.static or self.clipped or self.grid == "nvfp4" or self.clusters is not None
 
     def describe(self) -> str:
         """A few words for a table.
@@ -129,7 +135,8 @@ class TensorScheme(BaseModel):
         where = f"channel of {self.group_size} tokens" if self.groups_tokens else where
         where = f"{self.clusters} clusters of channels" if self.clusters else where
         kept = f", {self.kept} columns kept" if self.kept else ""
-        return f"{grid} {sign}, {'static ' if self.static else ''}{where}{kept}"
+        how = "static " if self.static else "clipped " if self.clipped else ""
+        return f"{grid} {sign}, {how}{where}{kept}"
 
 
 def _impossible_in_attention(name: str, part: TensorScheme) -> str | None:
@@ -204,6 +211,8 @@ class Scheme(BaseModel):
             part = getattr(self, name)
             if part is not None and part.clusters:
                 raise ValueError(f"the {name} has no clusters of channels: only activations have")
+            if part is not None and part.clipped:
+                raise ValueError(f"the {name} has no clipped=true: only activations have")
         for name in ("activation", "query", "key", "value"):
             part = getattr(self, name)
             if part is not None and part.kept:

@@ -82,7 +82,7 @@ def quantize_block(
 
     ranges = input_statistics(skeleton, index, plan, folded, streams, calibration_needs(recipe))
     inputs = input_quantizers(
-        schemes, skeleton.family, ranges, recipe.activation_range, plan.storage
+        schemes, skeleton.family, ranges, folded, recipe.activation_range, plan.storage
     )
     tensors, rounding_notes = round_block(
         skeleton, index, plan, streams, folded, inputs, rewritten.clipping, report

@@ -10,6 +10,7 @@ from bitfold.numerics import (
     Scheme,
     TensorScheme,
     channel_clusters,
+    fake_quantize_dynamic,
     global_scale,
     scale_and_zero,
 )
@@ -19,7 +20,9 @@ from bitfold.ranges import Range
 from bitfold.recipe import Recipe
 from bitfold.statistics import InputStatistics
 
-__all__ = ["calibration_needs", "input_quantizers"]
+__all__ = ["best_share", "calibration_needs", "input_quantizers"]
+
+_SMALLEST_SHARE, _SHARES = 0.5, 26
 
 
 def calibration_needs(recipe: Recipe) -> frozenset[Need]:
@@ -31,13 +34,14 @@ def input_quantizers(
     schemes: Mapping[str, Scheme],
     family: Family,
     statistics: Mapping[str, InputStatistics],
+    weights: Mapping[str, Tensor],
     chosen: Range,
     storage: torch.dtype,
 ) -> dict[str, InputQuantizer]:
     """The quantizers of a block's layers whose schemes have an activation; those of one input and scheme are one.
 
-    statistics: of the inputs (`calibration_needs`), where an activation is calibrated; chosen: the way of choosing
-    ranges; storage: the dtype in which scales will be stored.
+    statistics: of the inputs (`calibration_needs`), where an activation is calibrated; weights: the block's; chosen:
+    the way of choosing ranges; storage: the dtype in which scales will be stored.
     """
     known: dict[tuple[str, TensorScheme], InputQuantizer] = {}
     found: dict[str, InputQuantizer] = {}
@@ -47,9 +51,30 @@ def input_quantizers(
         given = family.input_of(name)
         key = (given, scheme.activation)
         if key not in known:
-            known[key] = _quantizer(scheme.activation, statistics.get(given), chosen, storage)
+            readers = next(shared for shared in family.inputs if name in shared)
+            if scheme.activation.clipped:
+                stacked = torch.cat([weights[f"{reader}.weight"] for reader in readers])
+                share = best_share(statistics[given].rows, scheme.activation, stacked)
+                known[key] = InputQuantizer(scheme.activation, share.to(storage))
+            else:
+                known[key] = _quantizer(scheme.activation, statistics.get(given), chosen, storage)
         found[name] = known[key]
     return found
+
+
+def best_share(rows: Tensor, activation: TensorScheme, weight: Tensor) -> Tensor:
+    """The share [1] of each token's min-max range in which the readers' outputs err least on rows [n, in].
+
+    weight: of all readers, [out, in]. A tie goes to the larger share.
+    """
+    moment = weight.to(rows.dtype).T @ weight.to(rows.dtype)
+    shares = torch.linspace(1.0, _SMALLEST_SHARE, _SHARES, dtype=rows.dtype, device=rows.device)
+
+    def error(share: Tensor) -> float:
+        difference = fake_quantize_dynamic(rows, activation, share=share) - rows
+        return float(((difference @ moment) * difference).sum())
+
+    return min(shares.split(1), key=error)
 
 
 def _quantizer(

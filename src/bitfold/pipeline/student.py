@@ -386,7 +386,9 @@ def _through(quantizer: InputQuantizer) -> Callable[[Tensor], Tensor]:
     if scheme.fp4 or (scheme.clusters is not None and not scheme.static):
         return lambda x: x + (quantizer(x) - x).detach()
     if not scheme.static:
-        return lambda x: fake_quantize_trainable(x, scheme)
+        share = quantizer.scale if scheme.clipped else None
+        ratios = None if share is None else (share, share)
+        return lambda x: fake_quantize_trainable(x, scheme, ratios)
 
     def quantize(x: Tensor) -> Tensor:
         with torch.no_grad():

@@ -22,8 +22,8 @@ def quantize_input(
     """Fake-quantize the input of a linear layer; same shape and dtype as x.
 
     x:        [..., in_features]
-    scale:    [1], or one for each cluster, for static schemes, and the global scale of nvfp4, float32; else x itself
-              gives the range.
+    scale:    [1], or one for each cluster, for static schemes, and the global scale of nvfp4, float32; of a clipped
+              one the share of its range [1]; else x itself gives the range.
     zero:     int8 in the shape of scale, for static asymmetric schemes.
     clusters: [in_features] uint8, the cluster of each channel, where the scheme has clusters.
 
@@ -34,6 +34,13 @@ def quantize_input(
             "Clusters of channels come from calibration text, and are not there: calibrate them, or choose a scheme "
             "without clusters."
         )
+    if scheme.clipped:
+        if scale is None:
+            raise RecipeError(
+                "The share of a clipped activation's range comes from calibration text, and is not there: calibrate "
+                "it, or set activation.clipped=false."
+            )
+        return fake_quantize_dynamic(x, scheme, share=scale)
     if not scheme.static and scheme.grid != "nvfp4":
         return fake_quantize_dynamic(x, scheme, clusters=clusters)
     if scale is None or (zero is None and not scheme.symmetric):

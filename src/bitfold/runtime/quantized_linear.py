@@ -4,12 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitfold.export.layout import input_buffers
+from bitfold.export.layout import input_buffers, input_scale_name
 from bitfold.export.native import unpack_weight
 from bitfold.numerics import Scheme, TensorScheme, packed_width
 from bitfold.runtime.activation import quantize_input
 
 __all__ = ["QuantizedLinear"]
+
+_SCALES = ("input_scale", "input_global_scale", "input_share")
 
 
 class QuantizedLinear(nn.Module):
@@ -25,6 +27,7 @@ class QuantizedLinear(nn.Module):
     weight_global_scale: Tensor | None
     input_scale: Tensor | None
     input_global_scale: Tensor | None
+    input_share: Tensor | None
     input_zero_point: Tensor | None
     input_clusters: Tensor | None
 
@@ -63,7 +66,7 @@ class QuantizedLinear(nn.Module):
             buffer("weight_kept", (out_features, weight.kept) if weight.kept else None, dtype)
             buffer("weight_columns", (weight.kept,) if weight.kept else None, torch.int32)
         inputs = input_buffers(scheme.activation, in_features, dtype, device)
-        for name in ("input_scale", "input_global_scale", "input_zero_point", "input_clusters"):
+        for name in (*_SCALES, "input_zero_point", "input_clusters"):
             self.register_buffer(name, inputs.get(name))
         empty = torch.zeros(out_features, dtype=dtype, device=device)
         self.bias = nn.Parameter(empty, requires_grad=False) if bias else None
@@ -71,7 +74,7 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] → [..., out]"""
         if self.scheme.activation is not None:
-            scale = self.input_scale if self.input_global_scale is None else self.input_global_scale
+            scale = getattr(self, input_scale_name(self.scheme.activation))
             x = quantize_input(
                 x, self.scheme.activation, scale, self.input_zero_point, self.input_clusters
             )
