@@ -86,7 +86,7 @@ def measure(model: Path, method: str, options: argparse.Namespace) -> Row:
     with tempfile.TemporaryDirectory(prefix="bitfold-block-") as directory:
         file = Path(directory) / "tokens.npy"
         np.save(file, tokens.astype(np.int64))
-        profile = cProfile.Profile()
+        profile = cProfile.Profile(time.process_time)
         start = time.process_time()
         profile.enable()
         bitfold.quantize(
@@ -104,7 +104,7 @@ def measure(model: Path, method: str, options: argparse.Namespace) -> Row:
 
 
 def parts_of(profile: cProfile.Profile) -> dict[str, float]:
-    """Seconds on the clock of each part; the statistics that transforms and rounding ask for are taken off them."""
+    """CPU seconds of each part; the statistics that transforms and rounding ask for are taken off them."""
     found: dict[str, float] = dict.fromkeys(PARTS, 0.0)
     askers = {"rewrite.py": "transforms", "round.py": "rounding"}
     stats = pstats.Stats(profile).stats  # type: ignore[attr-defined]
@@ -162,7 +162,7 @@ def page(rows: list[Row], options: argparse.Namespace, command: str) -> str:
         f"One random block (hidden 4096, FFN 11008, 32 heads, 202 M weights), {options.scheme}, {options.samples} "
         f"windows of {options.length} tokens. One float32 pass of them through the block takes {floor:.1f} CPU "
         "seconds: the floor. Statistics, streams and learned parts grow with the tokens, the solvers of gptq and its "
-        "heirs do not. CPU s: of the whole run but the interpreter's start; parts: on the clock.",
+        "heirs do not. CPU seconds, without the interpreter's start.",
         "",
         *markdown_table(*table(rows)),
     ]
