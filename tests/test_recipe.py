@@ -363,6 +363,17 @@ def test_auto_chooses_by_scheme_and_effort(
     assert recipe.part_names == parts
 
 
+def test_other_methods_have_efforts_too() -> None:
+    low, medium, high = (
+        Recipe.make("flat+gptaq", "w4a4", effort=effort) for effort in ("low", None, "high")
+    )
+    assert [type(part).__name__ for part in low.transforms] == ["SmoothQuant", "Kronecker"]
+    assert [recipe.transforms[-1].epochs for recipe in (medium, high)] == [5, 15]
+    assert {type(recipe.rounding).__name__ for recipe in (low, medium, high)} == {"Gptaq"}
+    assert Recipe.make("affine-plus", "w4a4", effort="low").distillation is None
+    assert Recipe.make("affine-plus", "w4a4").distillation is not None
+
+
 def test_more_effort_is_more_steps() -> None:
     medium, high = (Recipe.make("auto", "w2a16g64", effort=e) for e in ("medium", "high"))
     assert high.distillation.epochs > medium.distillation.epochs

@@ -79,7 +79,8 @@ def quantize(
         typer.Option(help="auto (the default), or any: awq, rtn+distil … (`bitfold recipes`)."),
     ] = None,
     effort: Annotated[
-        str | None, typer.Option(help="Of auto: low, medium (the default) or high.")
+        str | None,
+        typer.Option(help="Of auto, flat and affine-plus: low, medium (the default) or high."),
     ] = None,
     scheme: Annotated[
         str | None,

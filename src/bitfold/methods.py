@@ -48,8 +48,8 @@ def method_text(name: str) -> str:
 def compose(names: object, scheme: Scheme, effort: str | None) -> dict[str, Any]:
     """The fields of methods joined by `+`: transforms, and corrections, follow one another; a later range or rounding
     replaces, with the corrections that a method of transforms put before its own: `affine+gptaq` is affine's transforms
-    and gptaq. `activation` is what a method says of how inputs are quantized. Those of `auto` are its choice for the
-    scheme and the effort (`medium` if None).
+    and gptaq. `activation` is what a method says of how inputs are quantized. Some methods have
+    `efforts`, of which one is taken (`medium` if None); `auto` has them for every kind of scheme.
 
     Raises RecipeError for an unknown name, and for an effort that nothing asks for.
     """
@@ -64,16 +64,16 @@ def compose(names: object, scheme: Scheme, effort: str | None) -> dict[str, Any]
         raise RecipeError(
             "auto chooses all parts itself: leave + out, or name the methods (`bitfold recipes`)."
         )
-    if effort is not None and parts != [AUTO]:
-        raise RecipeError(f"--effort says how hard auto tries: leave it out with {names}.")
+    contents = [_with_effort(read_yaml(method_text(name)), scheme, effort) for name in parts]
+    if effort is not None and not any(heard for _, heard in contents):
+        raise RecipeError(
+            f"--effort says how hard auto, flat or affine-plus try: leave it out with {names}."
+        )
     fields: dict[str, Any] = {slot: [] for slot in LISTS}
     # Corrections of methods that are nothing else, and those that a method of transforms puts before its rounding.
     asked: list[Any] = []
     before_rounding: list[Any] = []
-    for name in parts:
-        content = read_yaml(method_text(name))
-        if name == AUTO:
-            content = _chosen(content["choices"], scheme, effort or DEFAULT_EFFORT)
+    for content, _ in contents:
         fields["transforms"] += content.get("transforms", [])
         if "rounding" in content:
             before_rounding = []
@@ -86,13 +86,18 @@ def compose(names: object, scheme: Scheme, effort: str | None) -> dict[str, Any]
     return fields
 
 
-def _chosen(choices: dict[str, dict[str, Any]], scheme: Scheme, effort: str) -> dict[str, Any]:
-    """Of `auto`'s choices the one for a scheme."""
-    efforts = choices[_kind(scheme)]
-    if effort not in efforts:
-        raise RecipeError(f"Unknown effort '{effort}': {did_you_mean(effort, efforts)}.")
-    content: dict[str, Any] = efforts[effort]
-    return content
+def _with_effort(
+    content: dict[str, Any], scheme: Scheme, effort: str | None
+) -> tuple[dict[str, Any], bool]:
+    """A method's content with what the effort asks for, and whether there are efforts to choose from."""
+    efforts = content["choices"][_kind(scheme)] if "choices" in content else content.get("efforts")
+    if efforts is None:
+        return content, False
+    wanted = effort or DEFAULT_EFFORT
+    if wanted not in efforts:
+        raise RecipeError(f"Unknown effort '{wanted}': {did_you_mean(wanted, efforts)}.")
+    rest = {key: value for key, value in content.items() if key not in ("choices", "efforts")}
+    return rest | efforts[wanted], True
 
 
 def _kind(scheme: Scheme) -> str:
@@ -108,7 +113,7 @@ def _kind(scheme: Scheme) -> str:
 
 
 def read_file(file: Path) -> dict[str, Any]:
-    """A recipe file's fields, without what is only said about it.
+    """A recipe file's fields, without what is only said about it; of a method's text that has efforts, the medium one.
 
     Raises RecipeError where it is missing or no YAML mapping.
     """
@@ -123,6 +128,8 @@ def read_file(file: Path) -> dict[str, Any]:
         raise RecipeError(
             f"{file} holds no recipe: write `key: value` lines, as `bitfold recipes awq` shows."
         )
+    if "efforts" in content:
+        content |= content.pop("efforts")[DEFAULT_EFFORT]
     return {key: value for key, value in content.items() if key not in _ABOUT}
 
 
