@@ -113,6 +113,10 @@ class Rows:
             print(f"{label}: {seconds:.0f} s", file=sys.stderr, flush=True)
         return self._known[key]
 
+    def find(self, of: Row) -> Row | None:
+        """The row of `of`, where it is there."""
+        return self._known.get(self._key(of))
+
     def _key(self, row: Row) -> str:
         return json.dumps([row.get(name) for name in self._identity], sort_keys=True)
 

@@ -55,7 +55,10 @@ def main() -> None:
         for scheme, method in wanted:
             of = {"model": model.name, "scheme": scheme, "method": method, "settings": settings}
             make = partial(measured, measure, scheme, method, options)
-            rows.append(finished.get(of, make, f"{model.name} {scheme} {method}"))
+            row = finished.find(of)
+            if row is None and not options.finished:
+                row = finished.get(of, make, f"{model.name} {scheme} {method}")
+            rows += [] if row is None else [row]
     reference = json.loads(options.reference.read_text())["rows"] if options.reference else []
     command = command_line()
     content = {"command": command, "rows": rows}
@@ -77,6 +80,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--reference-text", help="the text that the reference was measured on; default: the first")
     add("--threads", type=int, default=1)
     add("--rows", type=Path, default=Path("out/benchmarks/methods.jsonl"), help="finished rows")
+    add("--finished", action="store_true", help="make nothing: the page of the finished rows")
     add("--out", type=Path, default=Path("docs/results/methods"), help="without suffix")
     options = parser.parse_args()
     options.reference_text = options.reference_text or named(options.text[0])[0]

@@ -200,6 +200,12 @@ def test_a_methods_own_text_is_a_recipe_file(method: str, file: Path) -> None:
     assert found == Recipe.make(method, "w4a4")
 
 
+def test_a_file_of_efforts_needs_the_medium_one(file: Path) -> None:
+    file.write_text("rounding: gptq\nefforts: {low: {transforms: [smoothquant]}}\n")
+    with pytest.raises(RecipeError, match="has efforts, but no medium one"):
+        Recipe.make(file=file)
+
+
 def test_a_file_may_say_what_notation_leaves_open_of_activations(file: Path) -> None:
     rules = "layers: [{match: '*.v_proj', scheme: w8a8}, {match: '*.o_proj', scheme: w8a16}]"
     file.write_text(f"scheme: w4a4\nactivation: {{clusters: 8, static: true}}\n{rules}\n")

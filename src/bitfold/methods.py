@@ -129,7 +129,12 @@ def read_file(file: Path) -> dict[str, Any]:
             f"{file} holds no recipe: write `key: value` lines, as `bitfold recipes awq` shows."
         )
     if "efforts" in content:
-        content |= content.pop("efforts")[DEFAULT_EFFORT]
+        efforts = content.pop("efforts")
+        if not isinstance(efforts, dict) or not isinstance(efforts.get(DEFAULT_EFFORT), dict):
+            raise RecipeError(
+                f"{file} has efforts, but no {DEFAULT_EFFORT} one, which a file's is: write its parts without efforts."
+            )
+        content |= efforts[DEFAULT_EFFORT]
     return {key: value for key, value in content.items() if key not in _ABOUT}
 
 

@@ -7,9 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 import bitfold
 from bitfold.errors import RecipeError
+from bitfold.numerics import TensorScheme
+from bitfold.pipeline import problem
 from models_zoo import TOKENS, Zoo, build
 
 BF16, FLOAT32 = torch.bfloat16, torch.float32
@@ -118,15 +121,82 @@ def test_the_packed_cache_holds_keys_that_were_turned(
     assert torch.allclose(torch.cat(parts, dim=1), whole, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("scheme", "refused"), [("w4a16q4", False), ("w4a16kv4", True), ("w4a16kvfp8", True)]
+)
+def test_bits_of_a_cache_beside_a_scheme_of_its_own(
+    scheme: str, refused: bool, checkpoint: Zoo, tokens: Path, tmp_path: Path
+) -> None:
+    """Keys are turned whoever quantizes them; what the artifact quantizes itself is not replaced."""
+    out = tmp_path / "out"
+    _quantize(checkpoint("llama", FLOAT32), tokens, out, scheme=scheme)
+    model = bitfold.load(out)
+    if refused:
+        with pytest.raises(RecipeError, match="quantizes its keys"):
+            bitfold.quantized_cache(model, bits=8)
+        return
+    with torch.no_grad():
+        whole = model(TOKENS).logits
+        found = model(TOKENS, past_key_values=bitfold.quantized_cache(model, bits=8)).logits
+    assert (found - whole).norm() < 0.1 * whole.norm()
+
+
+def test_clipping_that_was_learned_before_a_map_is_not_kept(
+    checkpoint: Zoo, tokens: Path, tmp_path: Path
+) -> None:
+    """The rows of down_proj are others behind a Hadamard matrix: the recipe's range is theirs."""
+    plain = ("affine.epochs=2", "affine.scale_rate=1e-9", "weight_range=minmax", "corrections=[]")
+    tensors = []
+    for rate in ("0.1", "30"):
+        options = {"scheme": "w3a16", "set": (*plain, f"affine.clip_rate={rate}")}
+        _quantize(
+            checkpoint("llama", FLOAT32), tokens, tmp_path / rate, method="quarot+affine", **options
+        )
+        tensors.append(dict(bitfold.load(tmp_path / rate).named_buffers()))
+    name = f"{LAYER}.mlp.down_proj.weight_scale"
+    assert torch.allclose(tensors[0][name], tensors[1][name], rtol=1e-3)
+
+
 def test_all_of_it_folds_if_asked(checkpoint: Zoo, tokens: Path, tmp_path: Path) -> None:
     model = checkpoint("llama", FLOAT32)
     report = _quantize(
-        model, tokens, tmp_path / "out", scheme="w4a4", set=("rotation.online=false",)
+        model,
+        tokens,
+        tmp_path / "out",
+        scheme="w4a4",
+        set=("rotation.online=false", "activation.clipped=false"),
     )
     assert "online" not in report
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "compressed-tensors"
     assert bitfold.verify(tmp_path / "out").difference < 1e-6
+
+
+def test_codes_are_learned_in_the_ranges_that_inputs_will_have(
+    checkpoint: Zoo, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SignRound's loss sees the shares of clipped ranges, which are known by then."""
+    seen = []
+    real = problem.fake_quantize_trainable
+
+    def looking(x: Tensor, scheme: TensorScheme, ratios: Any = None) -> Tensor:
+        seen.append(ratios)
+        return real(x, scheme, ratios)
+
+    monkeypatch.setattr(problem, "fake_quantize_trainable", looking)
+    out = tmp_path / "out"
+    sets = ("signround.steps=2",)
+    _quantize(
+        checkpoint("llama", BF16), tokens, out, method="quarot+signround", scheme="w4a3", set=sets
+    )
+    stored = {
+        float(value)
+        for name, value in bitfold.load(out).named_buffers()
+        if name.endswith("input_share")
+    }
+    assert seen
+    assert {float(lower) for lower, upper in seen if lower is upper} == stored
+    assert bitfold.verify(out).difference < 1e-6
 
 
 def test_with_what_is_learned_before_it(checkpoint: Zoo, tokens: Path, tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ def test_does_not_load_without_bitfold(checkpoint: Zoo, tmp_path: Path) -> None:
 
 def test_refuses_other_attention(checkpoint: Zoo, tmp_path: Path) -> None:
     write(quantize(checkpoint("llama", FLOAT32), CASES["w4a4q4kv8"]), tmp_path / "kv", native)
-    with pytest.raises(RecipeError, match="'eager' cannot quantize queries"):
+    with pytest.raises(RecipeError, match="'eager' cannot turn or quantize queries"):
         load(tmp_path / "kv", attn_implementation="eager")
     write(quantize(checkpoint("llama", FLOAT32), CASES["wnf4a16"]), tmp_path / "nf4", native)
     load(tmp_path / "nf4", attn_implementation="eager")
@@ -234,6 +234,7 @@ def test_what_runs_comes_back() -> None:
         [{"kind": "blocks", "shape": [0, 64], "modules": []}],
         [{"kind": "blocks", "shape": ["one", 64], "modules": []}],
         [{"kind": "hadamard", "shape": [1, 64], "modules": []}],
+        [{"kind": "hadamard", "shape": [1, 6, 1], "modules": []}],
     ],
 )
 def test_what_runs_and_is_damaged(damaged: object) -> None:

@@ -55,6 +55,15 @@ def test_in_every_dtype(dtype: torch.dtype) -> None:
     assert (found - exact).norm() < 4 * torch.finfo(dtype).eps * exact.norm()
 
 
+def test_what_inference_mode_used_first_can_be_trained_through() -> None:
+    x = torch.randn(1, 36, 1, dtype=torch.float64)
+    with torch.inference_mode():
+        hadamard_transform(x)
+    again = x.clone().requires_grad_()
+    hadamard_transform(again).square().sum().backward()
+    assert torch.allclose(again.grad, 2 * x)
+
+
 def test_gradients_pass() -> None:
     x = torch.randn(2, 24, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(hadamard_transform, x)

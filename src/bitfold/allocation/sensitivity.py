@@ -2,9 +2,9 @@
 
 The windows go through the original once. From the first block that a group touches on, one stream of them for every
 candidate goes through the remaining blocks, all these streams together, so that a block's weights are read once for
-all of them. Peak memory: a block, what stands outside the blocks, and
-(groups that start at a block) · candidates streams. Only weights are rounded, by what the caller brings: inputs are
-quantized alike whatever the choice.
+all of them. Peak memory: a block, what stands outside the blocks, (groups that start at a block) · candidates streams,
+and what the caller keeps to round a block. Only weights are rounded, by what the caller brings: inputs are quantized
+alike whatever the choice.
 """
 
 import math

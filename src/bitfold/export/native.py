@@ -24,6 +24,7 @@ from bitfold.numerics import (
     QuantizedTensor,
     Scheme,
     TensorScheme,
+    hadamard_size,
     pack,
     scale_dtype_of,
     unpack,
@@ -123,6 +124,8 @@ def read_online(settings: Mapping[str, Any]) -> dict[str, MapShape]:
             shape = tuple(int(size) for size in group["shape"])
             if len(shape) != _DIMENSIONS[group["kind"]] or min(shape) < 1:
                 raise ValueError(f"{group['kind']} of {shape}")
+            if group["kind"] == "hadamard" and hadamard_size(shape[1]) != shape[1]:
+                raise ValueError(f"no Hadamard matrix of size {shape[1]} is known")
             found |= dict.fromkeys(group["modules"], MapShape(group["kind"], shape))
     return found
 

@@ -139,7 +139,7 @@ class Skeleton:
     def run(self, index: int, weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
         """Block `index` with these weights on hidden [batch, length, hidden]; differentiable.
 
-        Matrices among the weights that stand behind modules (`NAME.online.weight`) run there.
+        Maps among the weights (`NAME.online.…`) run at the modules that they name.
         """
         arguments = self._block_arguments(hidden.shape[1], hidden.dtype)[index]
         with running_online(self.blocks[index], weights) as parameters:

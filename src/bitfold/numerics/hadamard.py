@@ -162,4 +162,5 @@ def _factors(size: int) -> list[int]:
 
 @lru_cache(maxsize=32)
 def _scaled(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return (hadamard_matrix(size) / size**0.5).to(device, dtype)
+    with torch.inference_mode(mode=False):  # what is kept must serve training too
+        return (hadamard_matrix(size) / size**0.5).to(device, dtype)

@@ -54,9 +54,9 @@ def online_maps(skeleton: Skeleton, recipe: Recipe) -> dict[str, MapShape]:
     maps: dict[str, MapShape] = {}
     heads = Heads(*head_counts(skeleton.config))
     sites = skeleton.family.sites(skeleton.config)
-    if not any(isinstance(site, NormSite) for site in sites) and any(
-        part.online_map(_ANY_NORM, 1, heads) for part in recipe.transforms
-    ):
+    wanted = [part.online_map(_ANY_NORM, 1, heads) for part in recipe.transforms]
+    behind_norms = any(shape is not None and shape.kind == "blocks" for shape in wanted)
+    if behind_norms and not any(isinstance(site, NormSite) for site in sites):
         raise RecipeError(
             f"{recipe.method} leaves a matrix behind norms that runs, and no norm of this {skeleton.family.name} model "
             "stands before linear layers alone: set norms=folded (affine) or none (wush), or choose another --method."

@@ -10,7 +10,7 @@ from torch import Tensor
 from bitfold.models.skeleton import Skeleton
 from bitfold.numerics import Scheme, TensorScheme
 from bitfold.numerics.straight_through import fake_quantize_trainable
-from bitfold.pipeline.hooks import capturing_outputs, quantizing
+from bitfold.pipeline.hooks import InputQuantizer, capturing_outputs, quantizing
 from bitfold.pipeline.plan import Plan
 from bitfold.pipeline.streams import Streams, batches
 from bitfold.statistics import widened
@@ -26,8 +26,11 @@ def block_problem(
     weights: Mapping[str, Tensor],
     streams: Streams,
     report: Callable[[int, int, str], None],
+    inputs: Mapping[str, InputQuantizer] | None = None,
 ) -> BlockProblem:
     """The problem of block `index` with these weights (already rewritten by earlier transforms, not rounded).
+
+    inputs: how the layers' inputs will be quantized, where that is known already: of clipped ranges the shares.
 
     f(X) is what the original gives; it, and f(X̂) when the loss asks for it, are computed once and kept.
     """
@@ -55,7 +58,7 @@ def block_problem(
     def quantized_run(rewritten: Mapping[str, Tensor], windows: Tensor, low: bool) -> Tensor:
         cast = {name: value.to(given.dtype) for name, value in rewritten.items()}
         with (
-            _trainable(skeleton, index, plan, schemes),
+            _trainable(skeleton, index, plan, schemes, inputs or {}),
             torch.autocast(device.type, torch.bfloat16, enabled=low),
         ):
             return skeleton.run(index, cast, given[windows].to(device))
@@ -107,13 +110,17 @@ def block_problem(
 
 
 def _trainable(
-    skeleton: Skeleton, index: int, plan: Plan, schemes: Mapping[str, Scheme]
+    skeleton: Skeleton,
+    index: int,
+    plan: Plan,
+    schemes: Mapping[str, Scheme],
+    known: Mapping[str, InputQuantizer],
 ) -> AbstractContextManager[None]:
     """The block with quantized inputs, queries, keys and values that gradients pass through."""
     family = skeleton.family
     through = _Shared()
     inputs = {
-        name: partial(through, scheme=scheme.activation)
+        name: partial(through, scheme=scheme.activation, share=_share(known.get(name)))
         for name, scheme in schemes.items()
         if scheme.activation is not None
     }
@@ -123,13 +130,19 @@ def _trainable(
     )
 
 
+def _share(quantizer: InputQuantizer | None) -> Tensor | None:
+    clipped = quantizer is not None and quantizer.scheme.clipped
+    return quantizer.scale if clipped and quantizer is not None else None
+
+
 class _Shared:
     """Fake quantization, done once for layers that read the same tensor by the same scheme one after another."""
 
     def __init__(self) -> None:
         self._last: tuple[Tensor, TensorScheme, Tensor] | None = None
 
-    def __call__(self, x: Tensor, *, scheme: TensorScheme) -> Tensor:
+    def __call__(self, x: Tensor, *, scheme: TensorScheme, share: Tensor | None) -> Tensor:
         if self._last is None or self._last[0] is not x or self._last[1] != scheme:
-            self._last = (x, scheme, fake_quantize_trainable(x, scheme))
+            ratios = None if share is None else (share, share)
+            self._last = (x, scheme, fake_quantize_trainable(x, scheme, ratios))
         return self._last[2]

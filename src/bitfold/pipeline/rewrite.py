@@ -128,6 +128,8 @@ def _put_running(skeleton: Skeleton, index: int, plan: Plan, result: Rewritten) 
             if transform is not None:
                 weights = fold(weights, transform, plan.heads, plan.storage)
                 result.transforms.append(transform)
+                for reader in site.readers:  # learned for rows that are other rows now
+                    result.clipping.pop(reader, None)
     result.weights = _as_run(weights, result.weights)
 
 

@@ -74,7 +74,7 @@ def round_block(
             key, dtype = f"{name}.weight", folded[f"{name}.weight"].dtype
             weights[key] = tensor.dequantize(plan.unpacked_in or dtype).to(dtype)
     if isinstance(rounding, BlockRounding):
-        loss = _block_loss(skeleton, index, plan, folded, streams, report)
+        loss = _block_loss(skeleton, index, plan, folded, inputs, streams, report)
         result = rounding.solve_block(waiting, plan.storage, loss)
         found, notes = result.tensors, result.notes
     return {name: found[name] for name in schemes if name in found}, notes
@@ -85,11 +85,12 @@ def _block_loss(
     index: int,
     plan: Plan,
     folded: Mapping[str, Tensor],
+    inputs: Mapping[str, InputQuantizer],
     streams: Streams,
     report: Callable[[int, int, str], None],
 ) -> BlockLoss:
     """The error of the block's output to the original's, as a function of its rounded weights."""
-    problem = block_problem(skeleton, index, plan, folded, streams, report)
+    problem = block_problem(skeleton, index, plan, folded, streams, report, inputs)
 
     def loss(rounded: Mapping[str, Tensor], windows: Tensor, low: bool) -> Tensor:
         weights = dict(folded) | {f"{name}.weight": value for name, value in rounded.items()}

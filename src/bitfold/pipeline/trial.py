@@ -13,7 +13,8 @@ from bitfold.pipeline.plan import Plan
 from bitfold.pipeline.round import limits_of
 from bitfold.pipeline.streams import batches
 from bitfold.recipe import Recipe
-from bitfold.rounding import Gptq, Layer, Nearest, Rounding
+from bitfold.rounding import Gptq, Layer, Nearest, Rounded, Rounding
+from bitfold.rounding.gptq import MomentRoot
 from bitfold.statistics import InputStatistics
 
 __all__ = ["trial_rounder", "trial_rounding"]
@@ -43,6 +44,15 @@ def trial_rounder(skeleton: Skeleton, plan: Plan) -> Rounder:
 
     def of_block(index: int, weights: Mapping[str, Tensor], given: Tensor) -> RoundedLayers:
         statistics = statistics_of(index, weights, given)
+        factors: dict[str, MomentRoot] = {}
+
+        def solved(layers: Mapping[str, Layer], given_to: str) -> Rounded:
+            if not isinstance(rounding, Gptq):
+                return rounding.solve(layers, plan.storage, statistics.get(given_to))
+            gram = statistics[given_to].gram
+            if given_to not in factors:  # all candidates have the same
+                factors[given_to] = rounding.root_of(gram)
+            return rounding.solve_with(layers, plan.storage, gram, factor=factors[given_to])
 
         def rounded(names: Sequence[str], scheme: TensorScheme) -> dict[str, Tensor]:
             values: dict[str, Tensor] = {}
@@ -55,7 +65,7 @@ def trial_rounder(skeleton: Skeleton, plan: Plan) -> Rounder:
                         limits = limits_of(weight, scheme, recipe, seen, None)
                         layers[name] = Layer(weight, limits, scheme)
                 if layers:
-                    tensors = rounding.solve(layers, plan.storage, seen).tensors
+                    tensors = solved(layers, shared[0]).tensors
                     dtype = weights[f"{shared[0]}.weight"].dtype
                     values |= {name: t.dequantize(dtype) for name, t in tensors.items()}
             return values

@@ -60,9 +60,13 @@ class Gptq(Rounding):
         scale_dtype: torch.dtype,
         gram: Tensor,
         cross: Tensor | None = None,
+        factor: "MomentRoot | None" = None,
     ) -> Rounded:
-        """The same, given H [in, in]; with E[(x₀ − x)xᵀ], the original model's x₀, errors of earlier layers count."""
-        factor = moment_root(gram, self.damping, by_activation=self.order == "activation")
+        """The same, given H [in, in]; with E[(x₀ − x)xᵀ], the original model's x₀, errors of earlier layers count.
+
+        factor: `root_of(gram)`, where it is known.
+        """
+        factor = factor or self.root_of(gram)
         nearest = Nearest().solve(layers, scale_dtype).tensors
         tensors = {}
         for name, layer in layers.items():
@@ -71,6 +75,10 @@ class Gptq(Rounding):
                 found = _better_rows(layer.weight, found, nearest[name], gram, cross)
             tensors[name] = self.improved(found, layer, factor, scale_dtype)
         return Rounded(tensors, self.notes_on(factor, layers))
+
+    def root_of(self, gram: Tensor) -> "MomentRoot":
+        """The factor of H [in, in] in the order of these options."""
+        return moment_root(gram, self.damping, by_activation=self.order == "activation")
 
     def improved(
         self,

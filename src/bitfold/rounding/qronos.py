@@ -20,7 +20,6 @@ from bitfold.rounding.gptq import (
     Gptq,
     MomentRoot,
     groups_of_columns,
-    moment_root,
     rounded_in_order,
 )
 from bitfold.rounding.rounding import Layer, Rounded
@@ -43,7 +42,7 @@ class Qronos(Gptq):
         """See `Rounding.solve`."""
         assert statistics is not None
         gram, cross = statistics.gram, statistics.cross
-        factor = moment_root(gram, self.damping, by_activation=self.order == "activation")
+        factor = self.root_of(gram)
         tensors = {}
         for name, layer in layers.items():
             fitted = _refitted(layer, scale_dtype, factor, gram, cross)

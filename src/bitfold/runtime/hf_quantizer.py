@@ -127,7 +127,7 @@ def _use_bitfold_attention(model: PreTrainedModel) -> None:
     asked = model.config._attn_implementation
     if asked not in ("sdpa", ATTENTION):
         raise RecipeError(
-            f"attn_implementation={asked!r} cannot quantize queries, keys and values, "
+            f"attn_implementation={asked!r} cannot turn or quantize queries, keys and values, "
             "as this artifact asks: leave it out."
         )
     model.set_attn_implementation(ATTENTION)

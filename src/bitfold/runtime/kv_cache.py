@@ -312,12 +312,17 @@ def quantized_cache(
             "The model does not say how keys and values are stored: give the bits of the cache, e.g. 4."
         )
     ordinary = DynamicCache(config=model.config).layers
-    turns: dict[int, Callable[[Tensor], Tensor] | None] = {}
+    if not own and _quantizes_otherwise(model):
+        raise RecipeError(
+            "The model quantizes its keys or values in a way that no packed cache stores, and bits of a cache would "
+            "take its place: use an ordinary cache."
+        )
     if own:
         take_over(model)
-        codings, turns = _codings_of_artifact(model), _turns(model)
+        codings = _codings_of_artifact(model)
     else:
         codings = dict.fromkeys(range(len(ordinary)), _codings_asked(model, bits, key, value))
+    turns = _turns(model)
     layers = [
         _packed(layer, codings.get(index), turns.get(index)) for index, layer in enumerate(ordinary)
     ]
@@ -384,6 +389,12 @@ def _turns(model: PreTrainedModel) -> dict[int, Callable[[Tensor], Tensor] | Non
             index: Any = module.layer_idx
             found[index] = head_map(module)
     return found
+
+
+def _quantizes_otherwise(model: PreTrainedModel) -> bool:
+    """Whether an attention of bitfold's quantizes keys or values in a way that the cache cannot store."""
+    found = (head_quantizers(module) for module in model.modules())
+    return any(one is not None and (one.key is not None or one.value is not None) for one in found)
 
 
 def _can_store(quantizers: HeadQuantizers) -> bool:
