@@ -59,6 +59,11 @@ class SmoothQuant(SiteTransform):
         if self.alpha != "search":
             return Diagonal(site, smoothing_scale(peak, weight_peak, self.alpha), shift)
         rows = statistics.rows if shift is None else statistics.rows - shift
+        outputs = {
+            reader: rows @ weights[f"{reader}.weight"].T
+            for reader in site.readers
+            if schemes[reader].activation is not None
+        }
         best, best_error = torch.ones_like(peak), torch.inf
         for alpha in (None, *self.candidates):
             scale = (
@@ -66,7 +71,9 @@ class SmoothQuant(SiteTransform):
                 if alpha is None
                 else smoothing_scale(peak, weight_peak, alpha)
             )
-            error = _output_error(on_inputs(scale, site, heads), site, weights, rows, schemes)
+            error = _output_error(
+                on_inputs(scale, site, heads), site, weights, rows, schemes, outputs
+            )
             if error < best_error:
                 best, best_error = scale, error
         return Diagonal(site, best, shift)
@@ -99,15 +106,23 @@ def _output_error(
     weights: Mapping[str, Tensor],
     rows: Tensor,
     schemes: Mapping[str, Scheme],
+    outputs: Mapping[str, Tensor],
 ) -> float:
-    """Σ over readers of ‖X Wᵀ − Q(X/s) Q(W s)ᵀ‖² for input rows X [n, in]."""
+    """Σ over readers of ‖X Wᵀ − Q(X/s) Q(W s)ᵀ‖² for input rows X [n, in].
+
+    outputs: X Wᵀ, of readers whose input is quantized.
+    """
     total = 0.0
     for reader in site.readers:
-        weight, scheme = weights[f"{reader}.weight"], schemes[reader]
-        smoothed_rows, smoothed = rows / scale, weight * scale
-        if scheme.activation is not None:
-            smoothed_rows = fake_quantize_dynamic(smoothed_rows, scheme.activation)
+        scheme = schemes[reader]
+        smoothed_rows, smoothed = rows / scale, weights[f"{reader}.weight"] * scale
+        rounded = smoothed
         if scheme.weight is not None:
-            smoothed = fake_quantize_dynamic(smoothed, scheme.weight)
-        total += float((rows @ weight.T - smoothed_rows @ smoothed.T).square().sum())
+            rounded = fake_quantize_dynamic(smoothed, scheme.weight)
+        if scheme.activation is None:
+            difference = smoothed_rows @ (smoothed - rounded).T
+        else:
+            quantized = fake_quantize_dynamic(smoothed_rows, scheme.activation)
+            difference = outputs[reader] - quantized @ rounded.T
+        total += float(difference.square().sum())
     return total
