@@ -22,6 +22,8 @@ __all__ = ["MapKind", "MapShape", "apply_map"]
 
 MapKind = Literal["blocks", "hadamard", "kronecker"]
 
+_ALIGNMENT = 64
+
 
 @dataclass(frozen=True)
 class MapShape:
@@ -72,11 +74,17 @@ class MapShape:
 def apply_map(x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
     """Rows x [..., n] through the map of these tensors, in x's dtype and shape."""
     if "weight" in tensors:
-        return linear_blocks(x, tensors["weight"])
+        return linear_blocks(x, _aligned(tensors["weight"]))
     if "signs" in tensors:
         signs = tensors["signs"]
         signed = x.unflatten(-1, signs.shape) * signs.to(x.dtype)
         return hadamard_transform(signed).flatten(-3)
-    left, right = tensors["left"], tensors["right"]
+    left, right = _aligned(tensors["left"]), _aligned(tensors["right"])
     pieces = x.unflatten(-1, (left.shape[0], right.shape[0]))
     return (left.T @ (pieces @ right)).flatten(-2)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The same numbers at an address such as PyTorch allocates: on a CPU the last bits of a product depend on it, and
+    tensors that are read from a file lie anywhere."""
+    return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
