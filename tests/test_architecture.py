@@ -98,6 +98,8 @@ MAY_REACH = {
     "distillation": ("errors", "numerics", "part"),
     "export": ("errors", "numerics"),
     "methods": ("errors", "numerics"),
+    "checked": ("errors",),
+    "scheme_text": ("checked", "errors", "numerics"),
 }
 # package: what it must not reach.
 MUST_NOT_REACH = {

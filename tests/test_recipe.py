@@ -70,6 +70,7 @@ def test_every_method_is_a_recipe_that_says_what_it_is(method: str) -> None:
             ["smoothquant", "wush", "affine", "minmax", "minmax", "signround"],
             True,
         ),
+        ("affine+rtn", ["smoothquant", "wush", "affine", "minmax", "minmax", "nearest"], True),
         (
             "affine+qep+vq",
             ["smoothquant", "wush", "affine", "qep", "minmax", "minmax", "vq"],

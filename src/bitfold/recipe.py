@@ -16,10 +16,10 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
-    ValidationError,
     model_validator,
 )
 
+from bitfold.checked import make
 from bitfold.corrections import CORRECTIONS, Correction
 from bitfold.distillation import DISTILLATIONS, Distillation
 from bitfold.errors import RecipeError, did_you_mean
@@ -28,16 +28,15 @@ from bitfold.numerics import Scheme
 from bitfold.part import Need, Part
 from bitfold.ranges import RANGES, MinMax, Range
 from bitfold.rounding import ROUNDINGS, BlockRounding, Nearest, Rounding
+from bitfold.scheme_text import TENSORS, layer_rule, of_activations, scheme_of
 from bitfold.transforms import TRANSFORMS, BlockTransform, SiteTransform, StreamTransform
 from bitfold.transforms.reorder import Reorder
 
 __all__ = ["LayerRule", "Recipe"]
 
 DEFAULT_SCHEME = "w4a16g128"
-_TENSORS = ("weight", "activation", "query", "key", "value")
 _SINGLE = ("weight_range", "activation_range", "rounding", "distillation")
 _PARTS = (*LISTS, *_SINGLE, "stream", "activation")
-_Overrides = Mapping[tuple[str, ...], Any]
 
 
 def _part(kind: str, known: Mapping[str, type[Part]]) -> BeforeValidator:
@@ -49,7 +48,7 @@ def _part(kind: str, known: Mapping[str, type[Part]]) -> BeforeValidator:
         name, options = (value, None) if isinstance(value, str) else _single_item(kind, value)
         if name not in known:
             raise RecipeError(f"Unknown {kind} '{name}': {did_you_mean(str(name), known)}.")
-        return _make(known[str(name)], f"The {kind} {name}", options or {})
+        return make(known[str(name)], f"The {kind} {name}", options or {})
 
     return BeforeValidator(read)
 
@@ -58,26 +57,6 @@ def _single_item(kind: str, value: object) -> tuple[object, Any]:
     if not isinstance(value, Mapping) or len(value) != 1:
         raise RecipeError(f"A {kind} is a name or one name with its options, not {value!r}.")
     return next(iter(value.items()))
-
-
-def _make(model: type[BaseModel], what: str, options: object) -> Any:
-    """Build a pydantic model; the first thing wrong with it becomes one sentence."""
-    if not isinstance(options, Mapping):
-        raise RecipeError(f"{what} takes its options as `key: value` pairs, not {options!r}.")
-    try:
-        return model.model_validate(dict(options))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        if first["type"] == "extra_forbidden":
-            raise RecipeError(
-                f"{what} has no option '{key}': {did_you_mean(key, model.model_fields)}."
-            ) from error
-        message = first["msg"].removeprefix("Value error, ")
-        if not key:
-            raise RecipeError(f"{what} is impossible: {message}.") from error
-        message = message[0].lower() + message[1:]
-        raise RecipeError(f"{what} cannot have {key}={first['input']!r}: {message}.") from error
 
 
 def _named(known: Mapping[str, type[Part]]) -> PlainSerializer:
@@ -220,21 +199,21 @@ class Recipe(BaseModel):
         if method and "method" in content:  # the file's parts are those of the file's method
             content = {key: value for key, value in content.items() if key not in _PARTS}
         names = method or content.get("method", AUTO if file is None else "rtn")
-        in_schemes = {key: value for key, value in overrides.items() if key[0] in _TENSORS}
+        in_schemes = {key: value for key, value in overrides.items() if key[0] in TENSORS}
         text = scheme or content.get("scheme", DEFAULT_SCHEME)
-        fields = compose(names, _scheme(text, {}), effort) | content
-        of_method = _of_activations(fields.pop("activation", {}))
-        fields |= {"method": names, "scheme": _scheme(text, in_schemes, of_method)}
+        fields = compose(names, scheme_of(text, {}), effort) | content
+        of_method = of_activations(fields.pop("activation", {}))
+        fields |= {"method": names, "scheme": scheme_of(text, in_schemes, of_method)}
         rules = _list(content, "layers")
-        fields["layers"] = [_layer_rule(rule, in_schemes, of_method) for rule in rules]
+        fields["layers"] = [layer_rule(rule, in_schemes, of_method) for rule in rules]
         fields["ignore"] = [*_list(content, "ignore"), *ignore]
         fields |= {slot: _list(fields, slot) for slot in LISTS}
         if seed is not None:
             fields["seed"] = seed
         for key, value in overrides.items():
-            if key[0] not in _TENSORS and key not in _FIELDS:
+            if key[0] not in TENSORS and key not in _FIELDS:
                 _set_option(fields, key, value)
-        recipe: Self = _make(cls, "The recipe", fields)
+        recipe: Self = make(cls, "The recipe", fields)
         return recipe
 
     def scheme_for(self, layer: str) -> Scheme | None:
@@ -349,63 +328,6 @@ def _override(item: str) -> tuple[tuple[str, ...], Any]:
         ) from error
 
 
-def _scheme(text: object, overrides: _Overrides, of_method: _Overrides | None = None) -> Scheme:
-    """A scheme from its notation (or its full form in a file), with `weight.symmetric`-like overrides.
-
-    of_method: what the method says of activations; the notation leaves it open where it has any but fp4.
-    """
-    if isinstance(text, Mapping):
-        base: Scheme = _make(Scheme, "The scheme", text)
-    else:
-        base = Scheme.parse(str(text))
-        if base.activation is not None and not base.activation.fp4:
-            # A user's come last, since the later of two that contradict each other is the one that is refused.
-            first = {key: value for key, value in (of_method or {}).items() if key not in overrides}
-            overrides = {**first, **overrides}
-    fields = base.model_dump()
-    for (tensor, *path), value in overrides.items():
-        if len(path) != 1:
-            raise RecipeError(f"'{'.'.join([tensor, *path])}' is no key: write {tensor}.<option>.")
-        if fields[tensor] is None:
-            raise RecipeError(
-                f"'{tensor}.{path[0]}' has nothing to set, because the scheme leaves the {tensor} alone: "
-                "choose a scheme that quantizes it."
-            )
-        fields[tensor][path[0]] = value
-        in_clusters = fields[tensor]["clusters"] is not None
-        if path[0] == "clusters" and in_clusters:
-            fields[tensor]["granularity"] = "cluster"
-        if tensor != "weight" and path[0] == "static" and value is True and not in_clusters:
-            fields[tensor]["granularity"] = overrides.get((tensor, "granularity"), "tensor")
-        if path[0] == "grid" and value != "int":
-            fields[tensor]["symmetric"] = True
-        if path[0] == "group_size" and (tensor, "granularity") not in overrides:
-            fields[tensor]["granularity"] = "channel" if value is None else "group"
-    for tensor, _ in overrides:
-        _make(type(getattr(base, tensor)), f"The scheme of the {tensor}", fields[tensor])
-    scheme: Scheme = _make(Scheme, "The scheme", fields)
-    return scheme
-
-
-def _of_activations(options: object) -> _Overrides:
-    """What a method or a file says of the activations of schemes in notation, as overrides."""
-    if not isinstance(options, Mapping):
-        raise RecipeError(
-            f"The recipe's `activation` is `key: value` pairs such as clusters: 32, not {options!r}."
-        )
-    return {("activation", str(key)): value for key, value in options.items()}
-
-
-def _layer_rule(rule: object, overrides: _Overrides, of_method: _Overrides) -> dict[str, Any]:
-    if not isinstance(rule, Mapping) or not rule.keys() >= {"match", "scheme"}:
-        raise RecipeError(
-            f"A rule in `layers` is {{match: PATTERN, scheme: SCHEME}}, not {rule!r}."
-        )
-    base = _scheme(rule["scheme"], {})
-    apply = {key: value for key, value in overrides.items() if getattr(base, key[0]) is not None}
-    return dict(rule) | {"scheme": _scheme(rule["scheme"], apply, of_method)}
-
-
 def _set_option(fields: dict[str, Any], key: tuple[str, ...], value: Any) -> None:
     """Put a value at an option of a part the method has."""
     parts = {name: slot for slot, name in _parts_of(fields)}
@@ -423,7 +345,7 @@ def _set_option(fields: dict[str, Any], key: tuple[str, ...], value: Any) -> Non
         )
     known = [
         *Recipe.model_fields,
-        *(f"{t}.symmetric" for t in _TENSORS),
+        *(f"{t}.symmetric" for t in TENSORS),
         *(f"{name}.…" for name in parts),
     ]
     raise RecipeError(f"Unknown key '{'.'.join(key)}': {did_you_mean('.'.join(key), known)}.")

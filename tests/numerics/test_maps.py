@@ -30,7 +30,7 @@ def _dense(shape: MapShape, tensors: dict[str, Tensor]) -> Tensor:
     [
         (MapShape("blocks", (1, 24)), 24 * 24, 24 * 24),
         (MapShape("blocks", (4, 6)), 24 * 6, 4 * 36),
-        (MapShape("hadamard", (1, 24, 1)), 24 * 5, 24),
+        (MapShape("hadamard", (1, 24, 1)), 24 * (12 + 1), 24),
         (MapShape("hadamard", (3, 4, 2)), 24 * 2, 24),
         (MapShape("hadamard", (24, 1, 1)), 0, 24),
         (MapShape("kronecker", (4, 6)), 24 * 10, 16 + 36),

@@ -94,7 +94,7 @@ def test_hadamard_and_kronecker_matrices_cost_less(checkpoint: Zoo) -> None:
     }
     cost = online_cost(skeleton, maps, torch.bfloat16)
     assert cost is not None
-    assert cost.operations == 96 * 7 + (4 + 2) * 16 * 4 + 64 * (8 + 8)
+    assert cost.operations == 96 * (12 + 3) + (4 + 2) * 16 * 4 + 64 * (8 + 8)
     assert cost.bytes == 2 * (96 + 16 + 64 + 64)
     assert stored_maps(maps)[2:] == [
         "model.layers.0.input_layernorm.online.left",

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["hadamard_matrix", "hadamard_size", "hadamard_transform"]
+__all__ = ["hadamard_additions", "hadamard_matrix", "hadamard_size", "hadamard_transform"]
 
 # Beyond this a field's table of differences takes too long to be worth it.
 _LARGEST_FIELD = 1024
@@ -46,7 +46,10 @@ def hadamard_size(width: int) -> int:
 
 
 def hadamard_transform(x: Tensor) -> Tensor:
-    """x H / √n along the axis before the last, for x [..., n, inner], in x's dtype: O(n log n)."""
+    """x H / √n along the axis before the last, for x [..., n, inner], in x's dtype.
+
+    By the Kronecker factors of H, all but Paley's matrix of at most 64: O(n log n) for a Paley matrix of one size.
+    """
     size, inner = x.shape[-2:]
     found = x.reshape(-1, size * inner)
     left = 1
@@ -56,9 +59,21 @@ def hadamard_transform(x: Tensor) -> Tensor:
         pieces = found.view(-1, factor, right)
         # x H: columns of H with the values of x, so it is Hᵀ that stands on the left.
         found = pieces.flatten(1) @ matrix if right == 1 else matrix.T @ pieces
-        found = found.reshape(len(x.reshape(-1, size * inner)), size * inner)
+        found = found.reshape(-1, size * inner)
         left *= factor
     return found.view(x.shape)
+
+
+def hadamard_additions(size: int) -> int:
+    """Additions for each value of a row that a fast transform takes: the size of Paley's matrix in it, which has
+    no fast one of its own, and one for every doubling.
+
+    >>> [hadamard_additions(size) for size in (1, 64, 12, 768)]
+    [0, 6, 12, 18]
+    """
+    core = _core(size)
+    assert core is not None
+    return (core if core > 1 else 0) + (size // core).bit_length() - 1
 
 
 def _core(size: int) -> int | None:

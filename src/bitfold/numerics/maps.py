@@ -1,10 +1,11 @@
 """Linear maps that are cheap enough to run: block-diagonal, Hadamard, Kronecker; as the tensors that are stored.
 
     blocks      weight [count, size, size]      x ↦ x Wᵀ                          n · size multiply-adds
-    hadamard    signs [copies, size, inner]     x ↦ (signs ∘ x) H / √size         n · log₂ size additions
+    hadamard    signs [copies, size, inner]     x ↦ (signs ∘ x) H / √size         n · log₂ size additions *
     kronecker   left [a, a], right [b, b]       x ↦ vec(leftᵀ X right), X [a, b]  n · (a + b) multiply-adds
 
 All on the last axis of x, n values. H stands on `size`, with `inner` values that stay together between.
+* Where size is a power of two: else m + log₂(size / m) for each value, m the size of Paley's matrix in H.
 """
 
 import math
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bitfold.numerics.blocks import linear_blocks
-from bitfold.numerics.hadamard import hadamard_transform
+from bitfold.numerics.hadamard import hadamard_additions, hadamard_transform
 
 __all__ = ["MapKind", "MapShape", "apply_map"]
 
@@ -51,9 +52,9 @@ class MapShape:
 
     @property
     def operations(self) -> int:
-        """Multiply-adds for one row x; of a Hadamard matrix additions."""
+        """Multiply-adds for one row x; of a Hadamard matrix the additions of a fast transform."""
         if self.kind == "hadamard":
-            return self.width * math.ceil(math.log2(self.shape[1]))
+            return self.width * hadamard_additions(self.shape[1])
         return self.width * (self.shape[1] if self.kind == "blocks" else sum(self.shape))
 
     @property
