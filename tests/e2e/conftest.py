@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from commands import Outcome, Run
 
@@ -51,6 +52,14 @@ def run_process() -> Run:
 def model(tmp_path: Path) -> Path:
     """The embedded model, to be changed at will."""
     return Path(shutil.copytree(DEMO_MODEL, tmp_path / "model"))
+
+
+@pytest.fixture(scope="session")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Calibration for the models of `models_zoo`: 8 windows of 24 of their 96 tokens."""
+    file = tmp_path_factory.mktemp("tokens") / "tokens.npy"
+    np.save(file, np.random.default_rng(0).integers(0, 96, (8, 24)))
+    return file
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from commands import Run
@@ -26,13 +25,6 @@ from models_zoo import TOKENS, Zoo, build
 FLOAT32 = torch.float32
 WIDTH, BLOCKS, NORMS = 64, 2, 4
 OPTIONS = {"scheme": "w4a16g32", "samples": 4}
-
-
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("tokens") / "tokens.npy"
-    np.save(file, np.random.default_rng(0).integers(0, 96, (8, 24)))
-    return file
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -17,13 +16,6 @@ from models_zoo import TOKENS, Zoo, build
 
 BF16, FLOAT32 = torch.bfloat16, torch.float32
 LAYER = "model.layers.0"
-
-
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("tokens") / "tokens.npy"
-    np.save(file, np.random.default_rng(0).integers(0, 96, (8, 24)))
-    return file
 
 
 def _quantize(model: Path, tokens: Path, out: Path, **more: Any) -> dict[str, Any]:

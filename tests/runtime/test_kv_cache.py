@@ -18,12 +18,8 @@ import bitfold
 from bitfold.errors import RecipeError
 from bitfold.numerics import TensorScheme
 from bitfold.runtime.attention import ATTENTION
-from bitfold.runtime.kv_cache import (
-    PackedLayer,
-    PackedSlidingLayer,
-    cache_memory,
-    quantized_cache,
-)
+from bitfold.runtime.cache_layers import PackedLayer, PackedSlidingLayer
+from bitfold.runtime.kv_cache import cache_memory, quantized_cache
 from models_zoo import CONFIGS, TOKENS, Zoo, in_float64, random_model
 
 # 24 tokens: groups of 4 that are full and one that is not, beyond the sliding windows of 8 tokens.
