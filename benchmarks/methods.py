@@ -117,7 +117,12 @@ def page(rows: list[Row], reference: list[Row], options: argparse.Namespace, com
     lines = [
         "# Methods",
         "",
-        f"Written by `{command}`.",
+        f"Written by `{command}`"
+        + (
+            "; without `--finished` it makes the rows that are missing."
+            if options.finished
+            else "."
+        ),
         "",
         provenance(rows),
         "",
