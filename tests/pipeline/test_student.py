@@ -104,7 +104,7 @@ def test_gradients_are_those_of_the_whole_model(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("bitfold.pipeline.student._GRAPHS", graphs)
+    monkeypatch.setattr("bitfold.pipeline.backward._GRAPHS", graphs)
     job, student, original = student_of(
         checkpoint, family, scheme, tmp_path, torch.float64, "distil.codes=true"
     )

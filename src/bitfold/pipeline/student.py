@@ -1,16 +1,15 @@
 """The quantized model as a student: its distance to the original and the gradient of it, one block at a time.
 
-A step runs the batch through the blocks without a graph and keeps what each was given; then it goes back from the head,
-and runs each block once more with one. A block's weights are made of its codes when it runs and forgotten after it.
+A block's weights are made of its codes when it runs and forgotten after it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from bitfold.export.artifact import shard_name
 from bitfold.numerics import TensorScheme, fake_quantize_dynamic
 from bitfold.numerics.straight_through import fake_quantize_trainable
 from bitfold.numerics.trainable_scale import dequantize_trainable
+from bitfold.pipeline.backward import BlockRun, HeadLoss, gradient_through, leaves
 from bitfold.pipeline.block import QuantizedBlock
 from bitfold.pipeline.hooks import InputQuantizer, quantizing
 from bitfold.pipeline.job import Job
@@ -26,18 +26,11 @@ from bitfold.pipeline.outer import outer_weights
 from bitfold.pipeline.plan import HEAD
 from bitfold.pipeline.shards import block_from_tensors
 from bitfold.pipeline.streams import TOKENS_PER_BATCH, batches
-from bitfold.statistics import widened
 
 __all__ = ["Student"]
 
 # Codes of so many weights are kept between steps instead of being read again: the same however deep the model is.
 _KEPT = 2**28
-# So many logits are held at once.
-_LOGITS = 2**24
-# The graphs of all blocks are kept where they take about so many bytes; else each block is run once more.
-_GRAPHS = 2**30
-# Bytes that a block's graph keeps of a token, in hidden states: about, for the choice only.
-_STATES = 256
 
 
 class Student:
@@ -53,11 +46,11 @@ class Student:
         """tokens: ids [windows, length] to learn from; original: what the original's last block gives for them
         [windows, length, hidden]. options: say what is trained beside the scales.
         """
-        self._job, self._path, self._tokens, self._original = job, path, tokens, original
+        self._job, self._path, self._tokens = job, path, tokens
         self._kept: dict[int, QuantizedBlock] = {}
         self._kept_weights = 0
-        self._teacher = job.skeleton.load_outer(job.dtype)
-        self._outer = self._teacher
+        self._outer = job.skeleton.load_outer(job.dtype)
+        self._head = HeadLoss(job.skeleton, self._outer, original, job.dtype)
         if HEAD in job.plan.schemes:
             stored = load_file(self._file(0), device=str(job.skeleton.device))
             self._outer = outer_weights(job.plan, stored, job.dtype)
@@ -134,7 +127,7 @@ class Student:
         total = 0.0
         for part in _in_batches(windows, self._tokens.shape[1]):
             hidden = self._forward(part)[-1]
-            total += self._head_loss(hidden, part)
+            total += self._head.value(self._outer_now(), hidden, part)
         return total / (len(windows) * self._tokens.shape[1])
 
     def gradient(self, windows: Tensor, low: bool) -> float:
@@ -150,23 +143,14 @@ class Student:
 
     def _gradient(self, windows: Tensor) -> float:
         """The summed KL; adds its gradient to every θ."""
-        blocks, tokens = len(self.blocks), windows.numel() * self._tokens.shape[1]
-        runs: list[_Run] = []
-        if tokens * blocks * self._original.shape[-1] * _STATES <= _GRAPHS:
-            hidden = self._embedded(windows)
-            for index in range(blocks):
-                runs.append(self._run_with_graph(index, hidden))
-                hidden = runs[-1].output
-            total, backward = self._head_gradient(hidden, windows)
-            while runs:
-                backward = runs.pop().take_back(backward)
-            return total
-        with torch.no_grad():
-            given = self._forward(windows)
-        total, backward = self._head_gradient(given.pop(), windows)
-        for index in reversed(range(blocks)):
-            backward = self._run_with_graph(index, given.pop()).take_back(backward)
-        return total
+
+        def head(hidden: Tensor) -> tuple[float, Tensor]:
+            with torch.enable_grad():
+                weights = self._outer_now()
+            return self._head.gradient(weights, hidden, windows)
+
+        blocks, embedded = len(self.blocks), self._embedded(windows)
+        return gradient_through(blocks, embedded, self._run_with_graph, head)[0]
 
     # -- forward -----------------------------------------------------------------------------------
 
@@ -233,63 +217,21 @@ class Student:
 
     # -- backward ----------------------------------------------------------------------------------
 
-    def _run_with_graph(self, index: int, given: Tensor) -> "_Run":
+    def _run_with_graph(self, index: int, given: Tensor) -> BlockRun:
         """The block run on hidden states [windows, length, hidden], ready to be taken back."""
         skeleton, dtype = self._job.skeleton, self._job.dtype
         block = self._block(index)
         inputs = {name: _through(quantizer) for name, quantizer in block.inputs.items()}
         with torch.enable_grad():
-            weights = self._weights(index, block)
-            leaves, gather = _leaves(weights)
-            parts = []
-            with self._quantizing(index, block, inputs, fake_quantize_trainable):
-                for part in batches(given):
-                    hidden = part.to(skeleton.device, dtype).requires_grad_()
-                    parts.append((hidden, skeleton.run(index, leaves, hidden)))
-        return _Run(parts, gather)
+            weights, gather = leaves(self._weights(index, block))
+        with self._quantizing(index, block, inputs, fake_quantize_trainable):
+            run = partial(skeleton.run, index, weights)
+            return BlockRun(lambda x: run(x.to(skeleton.device, dtype)), given, gather)
 
-    def _head_gradient(self, hidden: Tensor, windows: Tensor) -> tuple[float, Tensor]:
-        """The summed KL of what the last block gave, and its gradient; adds to the outer θ."""
-        with torch.enable_grad():
-            weights = self._outer | {
-                n: o.value().to(self._job.dtype) for n, o in self.outer.items()
-            }
-            leaves, gather = _leaves(weights)
-            total, found = 0.0, []
-            for student, teacher in self._pieces(hidden, windows):
-                student = student.requires_grad_()
-                loss = self._kl(leaves, student, teacher)
-                total += float(loss.detach())
-                found.append(gather(loss, torch.ones_like(loss), student).cpu())
-            gather.finish()
-        length = hidden.shape[1]
-        rows = torch.cat([piece.flatten(0, 1) for piece in found])
-        return total, rows.unflatten(0, (-1, length))
-
-    def _head_loss(self, hidden: Tensor, windows: Tensor) -> float:
-        weights = self._outer | {n: o.value().to(self._job.dtype) for n, o in self.outer.items()}
-        pieces = self._pieces(hidden, windows)
-        return sum(float(self._kl(weights, student, teacher)) for student, teacher in pieces)
-
-    def _pieces(self, hidden: Tensor, windows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Both models' last hidden states, [1, tokens, hidden] each, few enough tokens for their logits."""
-        device, dtype = self._job.skeleton.device, self._job.dtype
-        tokens = max(1, _LOGITS // self._job.skeleton.config.vocab_size)
-        for mine, window in zip(hidden, windows.tolist(), strict=True):
-            both = mine.split(tokens), self._original[window].split(tokens)
-            for student, teacher in zip(*both, strict=True):
-                yield (
-                    student.unsqueeze(0).to(device, dtype),
-                    teacher.unsqueeze(0).to(device, dtype),
-                )
-
-    def _kl(self, weights: Mapping[str, Tensor], student: Tensor, teacher: Tensor) -> Tensor:
-        """KL(original ‖ quantized) summed over tokens, float32 at least."""
-        skeleton = self._job.skeleton
-        with torch.no_grad():
-            log_p = widened(skeleton.head(self._teacher, teacher)).log_softmax(dim=-1)
-        log_q = widened(skeleton.head(weights, student)).log_softmax(dim=-1)
-        return F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+    def _outer_now(self) -> dict[str, Tensor]:
+        """The weights outside the blocks, differentiable in what is trained of them."""
+        learned = {n: o.value().to(self._job.dtype) for n, o in self.outer.items()}
+        return dict(self._outer) | learned
 
     # -- shards ------------------------------------------------------------------------------------
 
@@ -312,63 +254,6 @@ class Student:
             self._kept[index] = block
             self._kept_weights += size
         return block
-
-
-class _Run:
-    """A block that was run with a graph: pieces of a batch, [windows, length, hidden] each, in and out."""
-
-    def __init__(self, parts: list[tuple[Tensor, Tensor]], gather: "_Gather") -> None:
-        self._parts, self._gather = parts, gather
-
-    @property
-    def output(self) -> Tensor:
-        """What the block gave, on the CPU."""
-        return torch.cat([output.detach().cpu() for _, output in self._parts])
-
-    def take_back(self, backward: Tensor) -> Tensor:
-        """Gradient with respect to what the block was given, from that of what it gave; adds to the block's θ."""
-        found = [
-            self._gather(output, gradient.to(output), hidden).cpu()
-            for (hidden, output), gradient in zip(self._parts, batches(backward), strict=True)
-        ]
-        self._gather.finish()
-        return torch.cat(found)
-
-
-class _Gather:
-    """Sums gradients with respect to leaves over pieces of a batch, and hands them on at the end."""
-
-    def __init__(self, sources: Sequence[Tensor], leaves: Sequence[Tensor]) -> None:
-        self._sources, self._leaves = sources, leaves
-        self._sums: list[Tensor | None] = [None] * len(leaves)
-
-    def __call__(self, output: Tensor, gradient: Tensor, given: Tensor) -> Tensor:
-        """Take the gradient of a piece's output back; returns that with respect to what it was given."""
-        wanted = [given, *self._leaves]
-        first, *others = torch.autograd.grad(output, wanted, gradient, allow_unused=True)
-        for place, value in enumerate(others):
-            if value is not None:
-                before = self._sums[place]
-                self._sums[place] = widened(value) if before is None else before.add_(value)
-        assert first is not None
-        return first
-
-    def finish(self) -> None:
-        """Add what was summed to the gradients of what the leaves were made of."""
-        pairs = [
-            (source, gradient.to(source.dtype))
-            for source, gradient in zip(self._sources, self._sums, strict=True)
-            if gradient is not None
-        ]
-        if pairs:
-            torch.autograd.backward([p[0] for p in pairs], [p[1] for p in pairs])
-
-
-def _leaves(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], _Gather]:
-    """Weights cut off from what they were made of, and what puts them together again."""
-    sources = {name: value for name, value in weights.items() if value.requires_grad}
-    leaves = {name: value.detach().requires_grad_() for name, value in sources.items()}
-    return dict(weights) | leaves, _Gather(list(sources.values()), list(leaves.values()))
 
 
 def _of_linear(name: str, job: Job) -> bool:
