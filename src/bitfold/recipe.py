@@ -280,7 +280,12 @@ class Recipe(BaseModel):
     @property
     def calibrates(self) -> bool:
         """Whether calibration text is needed at all."""
-        return bool(self.needs)
+        return bool(self.needs) or self.learns_rotations
+
+    @property
+    def learns_rotations(self) -> bool:
+        """Whether the basis of the residual stream is learned."""
+        return self.stream_transform is not None and self.stream_transform.learns
 
     def to_yaml(self) -> str:
         """The recipe in full, as it is stored in the artifact."""

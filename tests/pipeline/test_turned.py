@@ -147,8 +147,7 @@ def test_a_basis_that_is_no_equivalence_is_found_out(tmp_path: Path) -> None:
     tokens = torch.arange(20).view(1, 20)
     right = _logits(skeleton, tokens)
     skeleton.check(tokens, right, torch.float32)
-    skeleton._rotation = skeleton._rotation.clone()
-    skeleton._rotation[0] *= 1.3
+    skeleton.bases.stream[0] *= 1.3
     with pytest.raises(EquivalenceError, match="changed the logits"):
         skeleton.check(tokens, _logits(skeleton, tokens), torch.float32)
 

@@ -4,7 +4,7 @@ Each is a `Distillation`: `fit(problem) → Distilled` moves the problem's train
 """
 
 from bitfold.distillation.distil import Distil
-from bitfold.distillation.problem import Distillation, Distilled, DistilProblem
+from bitfold.distillation.problem import Distillation, Distilled, DistilProblem, split_windows
 from bitfold.distillation.trained import Trained, TrainedCodes
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Distilled",
     "Trained",
     "TrainedCodes",
+    "split_windows",
 ]
 
 DISTILLATIONS: dict[str, type[Distillation]] = {"distil": Distil}

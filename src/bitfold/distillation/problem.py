@@ -12,7 +12,7 @@ from torch import Tensor
 from bitfold.distillation.trained import Trained, TrainedCodes
 from bitfold.part import Part
 
-__all__ = ["DistilProblem", "Distillation", "Distilled"]
+__all__ = ["DistilProblem", "Distillation", "Distilled", "split_windows"]
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,7 @@ class Distillation(Part):
 
     def split(self, windows: int, seed: int) -> tuple[Tensor, Tensor]:
         """Of so many calibration windows those to train on and those to judge by: indices."""
-        held = min(windows - 1, math.ceil(self.held_back * windows))
-        order = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))
-        return order[held:], order[:held].sort().values
+        return split_windows(windows, self.held_back, seed)
 
     @abstractmethod
     def fit(self, problem: DistilProblem) -> Distilled:
@@ -83,3 +81,10 @@ class Distillation(Part):
     @abstractmethod
     def passes(self, windows: int) -> tuple[int, int]:
         """Of so many calibration windows, how many go through `gradient` and `loss`, at most, repeats counted."""
+
+
+def split_windows(windows: int, held_back: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of the windows to train on, and of those, a share of all and one at least, to judge by."""
+    held = min(windows - 1, math.ceil(held_back * windows))
+    order = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))
+    return order[held:], order[:held].sort().values

@@ -3,6 +3,8 @@
 import json
 import shutil
 
+import torch
+
 from bitfold.errors import OutputError
 from bitfold.export.artifact import companion_files
 from bitfold.export.layout import WeightFormat, input_buffers
@@ -70,12 +72,16 @@ def artifact_bytes(job: Job) -> int:
 
 
 def working_bytes(job: Job) -> int:
-    """Bytes of the activation streams between blocks: the old ones are kept until the new ones are whole. And of what
-    distillation learns, with a shard that is written beside the old one."""
+    """Bytes of the activation streams between blocks: the old ones are kept until the new ones are whole. Of
+    rotations that are learned, and of what distillation learns, with a shard that is written beside the old one."""
     tokens = 2 * job.probe.numel()
     if job.stream_tokens is not None:
         tokens += (2 if job.keeps_original else 1) * job.stream_tokens.numel()
     streams = 2 * tokens * job.skeleton.config.hidden_size * job.dtype.itemsize
+    if job.plan.recipe.learns_rotations:
+        heads, blocks = job.plan.heads, len(job.skeleton.blocks)
+        numbers = job.skeleton.config.hidden_size**2 + blocks * heads.keys * heads.size**2
+        streams += numbers * torch.float64.itemsize
     return streams + (0 if job.plan.recipe.distillation is None else _learning_bytes(job))
 
 

@@ -191,9 +191,17 @@ def with_allocation(job: Job, recipe: Recipe, allocation: dict[str, Any]) -> Job
 
 def _check_windows(recipe: Recipe, data: Calibration) -> None:
     """Raises DataError where too few windows are there to hold some back."""
-    if recipe.distillation is not None and data.tokens.shape[0] < 2:
+    if data.tokens.shape[0] > 1:
+        return
+    one = f"The calibration ({data.source}) is one window"
+    if recipe.learns_rotations:
         raise DataError(
-            f"The calibration ({data.source}) is one window, and distillation trains on some and is judged by others: "
+            f"{one}, and rotations are learned on some and judged by others: give more --samples, more text, or "
+            "rotation.steps=0."
+        )
+    if recipe.distillation is not None:
+        raise DataError(
+            f"{one}, and distillation trains on some and is judged by others: "
             f"give more --samples, more text, or {'--effort low' if recipe.method == AUTO else 'leave out distil'}."
         )
 

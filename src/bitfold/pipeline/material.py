@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from bitfold.data.data_free import marks_of, resampled_windows, write_windows
 from bitfold.distillation import Distillation
 from bitfold.models.skeleton import Skeleton
 from bitfold.pipeline.job import Job
-from bitfold.pipeline.streams import Streams, advance
+from bitfold.pipeline.streams import Streams, last_hidden
 from bitfold.runtime.device import has_fast_bfloat16
 from bitfold.runtime.load import load
 
@@ -56,7 +55,11 @@ def gather(
         more = torch.cat(own)
         training = torch.cat([training, torch.arange(len(more)) + len(given)])
         given = torch.cat([given, more])
-        original = torch.cat([original, _last_hidden(job, more)])
+        # By half precision's products where they are quicker: the text is the original's by chance anyway, and what is
+        # kept is judged by real text.
+        low = job.dtype != torch.float64 and has_fast_bfloat16(job.skeleton.device)
+        mine = last_hidden(job.skeleton, more, job.dtype, low=low)
+        original = torch.cat([original, mine])
     return Material(given, original, training, check)
 
 
@@ -92,19 +95,3 @@ def _logits(
     for window in windows.tolist():
         hidden = original[window : window + 1].to(skeleton.device)
         yield skeleton.head(outer, hidden.to(next(iter(outer.values())).dtype))[0]
-
-
-def _last_hidden(job: Job, tokens: Tensor) -> Tensor:
-    """What the original's last block gives for its own text, [windows, length, hidden].
-
-    By half precision's products where they are quicker, unless the run is in float64: the text is the original's by
-    chance anyway, and what is kept is judged by real text.
-    """
-    skeleton = job.skeleton
-    hidden = skeleton.embed(skeleton.load_outer(job.dtype), tokens.to(skeleton.device)).cpu()
-    low = job.dtype != torch.float64 and has_fast_bfloat16(skeleton.device)
-    with torch.autocast(skeleton.device.type, torch.bfloat16, enabled=low):
-        for index in range(len(skeleton.blocks)):
-            weights = skeleton.load_block(index, job.dtype)
-            advance(hidden, partial(skeleton.run, index, weights), skeleton.device)
-    return hidden

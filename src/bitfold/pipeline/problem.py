@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bitfold.models.skeleton import Skeleton
-from bitfold.numerics import Scheme, TensorScheme
+from bitfold.numerics import TensorScheme
 from bitfold.numerics.straight_through import fake_quantize_trainable
 from bitfold.pipeline.hooks import InputQuantizer, capturing_outputs, quantizing
 from bitfold.pipeline.plan import Plan
@@ -16,7 +16,7 @@ from bitfold.pipeline.streams import Streams, batches
 from bitfold.statistics import widened
 from bitfold.transforms.block_transform import BlockProblem, Restore, Terms
 
-__all__ = ["block_problem"]
+__all__ = ["block_problem", "quantizing_trainably"]
 
 
 def block_problem(
@@ -58,7 +58,7 @@ def block_problem(
     def quantized_run(rewritten: Mapping[str, Tensor], windows: Tensor, low: bool) -> Tensor:
         cast = {name: value.to(given.dtype) for name, value in rewritten.items()}
         with (
-            _trainable(skeleton, index, plan, schemes, inputs or {}),
+            quantizing_trainably(skeleton, index, plan, inputs),
             torch.autocast(device.type, torch.bfloat16, enabled=low),
         ):
             return skeleton.run(index, cast, given[windows].to(device))
@@ -109,18 +109,16 @@ def block_problem(
     )
 
 
-def _trainable(
-    skeleton: Skeleton,
-    index: int,
-    plan: Plan,
-    schemes: Mapping[str, Scheme],
-    known: Mapping[str, InputQuantizer],
+def quantizing_trainably(
+    skeleton: Skeleton, index: int, plan: Plan, known: Mapping[str, InputQuantizer] | None = None
 ) -> AbstractContextManager[None]:
-    """The block with quantized inputs, queries, keys and values that gradients pass through."""
+    """Within this context block `index` runs with quantized inputs, queries, keys and values that gradients pass
+    through; ranges are of the moment. known: quantizers of inputs, of which clipped ranges take their shares."""
     family = skeleton.family
+    schemes = plan.block_schemes(skeleton.block_name(index))
     through = _Shared()
     inputs = {
-        name: partial(through, scheme=scheme.activation, share=_share(known.get(name)))
+        name: partial(through, scheme=scheme.activation, share=_share((known or {}).get(name)))
         for name, scheme in schemes.items()
         if scheme.activation is not None
     }

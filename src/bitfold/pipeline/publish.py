@@ -73,7 +73,7 @@ def publish(
 
 
 def _report(job: Job, workdir: Workdir, distance: dict[str, Any]) -> dict[str, Any]:
-    blocks, found = workdir.blocks, workdir.distilled
+    blocks, bases, found = workdir.blocks, workdir.bases, workdir.distilled
     weights = sum(block["weights"] for block in blocks)
     bits = sum(block["bits"] for block in blocks)
     online = job.plan.online
@@ -84,6 +84,7 @@ def _report(job: Job, workdir: Workdir, distance: dict[str, Any]) -> dict[str, A
         **({} if online is None else {"online": online.to_json()}),
         "probe": distance,
         **({} if job.allocation is None else {"allocation": job.allocation}),
+        **({} if bases is None else {"rotation": _without(bases, "sums", "notes")}),
         **({} if found is None else {"distillation": _without(found, "sums", "notes")}),
         "fits": [block["fits"] for block in blocks if block["fits"]],
         "folding_errors": [block["folding_error"] for block in blocks],
@@ -91,6 +92,7 @@ def _report(job: Job, workdir: Workdir, distance: dict[str, Any]) -> dict[str, A
         "notes": [
             *job.notes,
             *_data_free(job, distance),
+            *([] if bases is None else [bases["note"], *bases["notes"]]),
             *(note for block in blocks for note in block["notes"]),
             *([] if found is None else [found["note"], *found["notes"]]),
         ],

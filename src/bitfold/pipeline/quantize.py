@@ -16,6 +16,7 @@ from bitfold.export.artifact import shard_name, tensor_sums
 from bitfold.models.checkpoint import tensor_bytes
 from bitfold.pipeline.allocate import allocate
 from bitfold.pipeline.asked import resolve_recipe, several
+from bitfold.pipeline.bases import take_bases
 from bitfold.pipeline.block import QuantizedBlock
 from bitfold.pipeline.disk import check_disk
 from bitfold.pipeline.distill import learn, put_in
@@ -134,9 +135,14 @@ def _run(job: Job, workdir: Workdir, resume: bool, report: Progress) -> int:
     """Quantize every block that is not done yet, verify the whole and publish it; returns how many were done."""
     skeleton, plan, dtype = job.skeleton, job.plan, job.dtype
     count = len(skeleton.blocks)
-    streams = _resumed_streams(workdir) if resume else None
-    if streams is None:
+    if not resume:
         workdir.restart()
+    take_bases(
+        job, workdir, lambda done, total, what: report(0, count, f"{what} ({done} of {total})")
+    )
+    streams = _resumed_streams(workdir)
+    if streams is None:
+        workdir.restart(keep_bases=True)
         streams = job.start_streams()
     resumed = len(workdir.blocks)
     workdir.write_tensors(shard_name(0, count + 1), outer_tensors(skeleton, plan))

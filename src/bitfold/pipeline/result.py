@@ -19,8 +19,8 @@ __all__ = ["Quantization", "read_result", "usage_lines"]
 class Quantization:
     """What a run made and what it cost. `finished_before`: it was there already, nothing was done; online: what the
     matrices cost at inference that the method leaves to run, None where everything is folded; allocation: how the bits
-    of each layer were found, None where the recipe gave them; distillation: what it trained, and the KL on held-back
-    windows before and after, None without it."""
+    of each layer were found, None where the recipe gave them; rotation: the KL on held-back windows before and after
+    rotations were learned, None where none were; distillation: what it trained, and the same of it."""
 
     out: Path
     seconds: float
@@ -35,6 +35,7 @@ class Quantization:
     probe: dict[str, Any]
     online: dict[str, Any] | None
     allocation: dict[str, Any] | None
+    rotation: dict[str, Any] | None
     distillation: dict[str, Any] | None
     layers: list[dict[str, Any]]
     notes: tuple[str, ...]
@@ -76,6 +77,7 @@ def read_result(
             probe=report["probe"],
             online=report.get("online"),
             allocation=report.get("allocation"),
+            rotation=report.get("rotation"),
             distillation=report.get("distillation"),
             layers=report["layers"],
             notes=tuple(report["notes"]),

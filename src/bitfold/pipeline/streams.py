@@ -7,6 +7,7 @@ that `verify` compares an artifact with.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from bitfold.models.skeleton import Skeleton
 
-__all__ = ["TOKENS_PER_BATCH", "Streams", "advance", "batches"]
+__all__ = ["TOKENS_PER_BATCH", "Streams", "advance", "batches", "last_hidden"]
 
 TOKENS_PER_BATCH = 2048
 PROBE_WINDOWS = 2
@@ -48,12 +49,7 @@ class Streams:
     ) -> "Streams":
         """The streams before the first block, from token ids [windows, length]."""
         probe_hidden = skeleton.embed(outer, probe.to(skeleton.device)).cpu()
-        hidden = None
-        if tokens is not None:
-            parts = [
-                skeleton.embed(outer, part.to(skeleton.device)).cpu() for part in batches(tokens)
-            ]
-            hidden = torch.cat(parts)
+        hidden = None if tokens is None else _embedded(skeleton, outer, tokens)
         original = hidden.clone() if hidden is not None and keep_original else None
         return cls(probe_hidden, probe_hidden.clone(), original, hidden)
 
@@ -83,3 +79,25 @@ def advance(stream: Tensor, run: Callable[[Tensor], Tensor], device: torch.devic
     """Replace a stream by what a block makes of it, batch by batch, in place."""
     for batch in batches(stream):
         batch.copy_(run(batch.to(device)))
+
+
+@torch.no_grad()
+def last_hidden(
+    skeleton: Skeleton, tokens: Tensor, dtype: torch.dtype, *, low: bool = False
+) -> Tensor:
+    """What the original's last block gives for token ids [windows, length]: [windows, length, hidden] on the CPU.
+
+    low: matrix products in bfloat16.
+    """
+    outer = skeleton.load_outer(dtype)
+    hidden = _embedded(skeleton, outer, tokens)
+    with torch.autocast(skeleton.device.type, torch.bfloat16, enabled=low):
+        for index in range(len(skeleton.blocks)):
+            weights = skeleton.load_block(index, dtype)
+            advance(hidden, partial(skeleton.run, index, weights), skeleton.device)
+    return hidden
+
+
+def _embedded(skeleton: Skeleton, outer: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
+    parts = [skeleton.embed(outer, part.to(skeleton.device)).cpu() for part in batches(tokens)]
+    return torch.cat(parts)

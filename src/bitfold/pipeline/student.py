@@ -126,7 +126,7 @@ class Student:
         compute it."""
         total = 0.0
         for part in _in_batches(windows, self._tokens.shape[1]):
-            hidden = self._forward(part)[-1]
+            hidden = self._forward(part)
             total += self._head.value(self._outer_now(), hidden, part)
         return total / (len(windows) * self._tokens.shape[1])
 
@@ -154,20 +154,20 @@ class Student:
 
     # -- forward -----------------------------------------------------------------------------------
 
-    def _forward(self, windows: Tensor) -> list[Tensor]:
-        """What each block is given, and what the last one gives, [windows, length, hidden] each, on the CPU."""
+    def _forward(self, windows: Tensor) -> Tensor:
+        """What the last block gives, [windows, length, hidden], on the CPU."""
         skeleton, dtype = self._job.skeleton, self._job.dtype
-        states = [self._embedded(windows)]
+        hidden = self._embedded(windows)
         for index in range(len(self.blocks)):
             block = self._block(index)
             weights = self._weights(index, block)
             with self._quantizing(index, block, block.inputs, fake_quantize_dynamic):
                 parts = [
                     skeleton.run(index, weights, part.to(skeleton.device, dtype)).cpu()
-                    for part in batches(states[-1])
+                    for part in batches(hidden)
                 ]
-            states.append(torch.cat(parts))
-        return states
+            hidden = torch.cat(parts)
+        return hidden
 
     def _embedded(self, windows: Tensor) -> Tensor:
         skeleton = self._job.skeleton

@@ -1,21 +1,34 @@
-"""A checkpoint whose residual stream is read in another basis: it computes what the original does."""
+"""A checkpoint whose residual stream, and values, are read in other bases: it computes what the original does."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bitfold.errors import EquivalenceError, RecipeError
 from bitfold.models.checkpoint import Checkpoint
+from bitfold.models.family import ValueOutput, head_counts
 from bitfold.models.skeleton import Skeleton
 from bitfold.recipe import Recipe
+from bitfold.transforms import Heads, fold
+from bitfold.transforms.groups import HeadMatrix
 from bitfold.transforms.stream import refuse_outsiders, turn_block, turn_outer
 
-__all__ = ["TurnedSkeleton", "skeleton_for"]
+__all__ = ["Bases", "TurnedSkeleton", "skeleton_for", "turned_block"]
 
 # Largest relative change of the probe's logits by turning alone; what is outside the blocks is rounded to storage.
 _LARGEST_CHANGE = 1e-3
 _LARGEST_CHANGE_HALF = 5e-2
+
+
+@dataclass(frozen=True)
+class Bases:
+    """stream: R [hidden, hidden], orthogonal; heads: of each block an orthogonal matrix for the values of every KV head
+    [K, H, H], or none at all."""
+
+    stream: Tensor
+    heads: Sequence[Tensor] = ()
 
 
 def skeleton_for(checkpoint: Checkpoint, recipe: Recipe, device: torch.device) -> Skeleton:
@@ -34,42 +47,61 @@ def skeleton_for(checkpoint: Checkpoint, recipe: Recipe, device: torch.device) -
         )
     skeleton = TurnedSkeleton(checkpoint, device, untied=True)
     size = skeleton.config.hidden_size
-    skeleton.turn(transform.matrix(size, keeps_ones=stream.reads_mean, seed=recipe.seed))
+    skeleton.turn(Bases(transform.matrix(size, keeps_ones=stream.reads_mean, seed=recipe.seed)))
     return skeleton
 
 
+def turned_block(
+    weights: Mapping[str, Tensor], index: int, bases: Bases, skeleton: Skeleton
+) -> dict[str, Tensor]:
+    """The weights of block `index` of a checkpoint in other bases; differentiable in them."""
+    config = skeleton.config
+    stream, sites = skeleton.family.stream(config), skeleton.family.sites(config)
+    assert stream is not None
+    turned = turn_block(weights, stream, sites, bases.stream)
+    if not bases.heads:
+        return turned
+    site = next(site for site in sites if isinstance(site, ValueOutput))
+    blocks = bases.heads[index]
+    return fold(turned, HeadMatrix(site, blocks, blocks.mT), Heads(*head_counts(config)))
+
+
 class TurnedSkeleton(Skeleton):
-    """Hands out its checkpoint's weights in the basis R of the residual stream; the head is untied."""
+    """Hands out its checkpoint's weights in other bases; the head is untied. bases: float64, on its device."""
 
-    def turn(self, rotation: Tensor) -> None:
-        """Take a basis [hidden, hidden], float64.
+    bases: Bases
 
-        Raises EquivalenceError where it is outside the stream's group.
+    def turn(self, bases: Bases) -> None:
+        """Take bases, float64.
+
+        Raises EquivalenceError where the stream's is outside its group.
         """
         stream = self.family.stream(self.config)
         assert stream is not None
-        refuse_outsiders(rotation, stream)
-        self._stream, self._sites = stream, self.family.sites(self.config)
-        self._rotation = rotation.to(self.device)
+        refuse_outsiders(bases.stream, stream)
+        heads = [one.to(self.device) for one in bases.heads]
+        self.bases = Bases(bases.stream.to(self.device), heads)
 
     def load_block(self, index: int, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """See `Skeleton.load_block`. Turned in float64, and not rounded in between."""
         stored = super().load_block(index)
         exact = {name: value.double() for name, value in stored.items()}
-        turned = turn_block(exact, self._stream, self._sites, self._rotation)
+        turned = turned_block(exact, index, self.bases, self)
         return {name: value.to(dtype or stored[name].dtype) for name, value in turned.items()}
 
     def load_outer(
         self, dtype: torch.dtype | None = None, names: Sequence[str] | None = None
     ) -> dict[str, Tensor]:
         """See `Skeleton.load_outer`. Rounded to the dtype of storage, in which it will be stored."""
-        together = {f"{self._stream.final_norm}.{kind}" for kind in ("weight", "bias")}
-        together |= {f"{self._stream.reader}.weight"}
+        stream, sites = self.family.stream(self.config), self.family.sites(self.config)
+        assert stream is not None
+        together = {f"{stream.final_norm}.{kind}" for kind in ("weight", "bias")}
+        together |= {f"{stream.reader}.weight"}
         wanted = names or self.outer_parameters
         needed = [n for n in self.outer_parameters if n in wanted or n in together]
         stored = super().load_outer(names=needed)
         exact = {name: value.double() for name, value in stored.items()}
-        turned = turn_outer(exact, self._stream, self._sites, self._rotation)
+        turned = turn_outer(exact, stream, sites, self.bases.stream)
         rounded = {name: turned[name].to(stored[name].dtype) for name in wanted}
         return {name: value.to(dtype or value.dtype) for name, value in rounded.items()}
 

@@ -2,7 +2,9 @@
 
     .OUT.partial/
         lock                    held by the run that works here
-        state.json              the request, an entry for every finished block, and one for the distillation
+        state.json              the request, an entry for every finished block, one for learned bases and one for the
+                                distillation
+        bases.safetensors       the bases that were learned before the first block
         streams-00003.safetensors   the activation streams as they stand before block 3
         distilled.safetensors   what distillation learned, which is then put into the shards
     artifact/               becomes OUT
@@ -34,17 +36,22 @@ __all__ = ["MARKER", "Workdir", "existing_parent", "finished_request", "refuse_f
 MARKER = "provenance.json"
 _LOCK = "lock"
 
+_Entry = dict[str, Any]
+
 
 class Workdir:
-    """The growing artifact. `path` is its directory, `blocks` the entries of the blocks that are finished, `distilled`
-    that of the distillation once it is recorded: from then on shards may hold what was learned."""
+    """The growing artifact. `path` is its directory, `blocks` the entries of the blocks that are finished, `bases` that
+    of learned bases once they are recorded, `distilled` that of the distillation: from then on shards may hold what was
+    learned."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
         self.root = out.parent / f".{out.name}.partial"
         self.path = self.root / "artifact"
         self.learned = self.root / "distilled.safetensors"
+        self.learned_bases = self.root / "bases.safetensors"
         self.blocks: list[dict[str, Any]] = []
+        self.bases: dict[str, Any] | None = None
         self.distilled: dict[str, Any] | None = None
 
     @property
@@ -66,18 +73,34 @@ class Workdir:
             with writing(self.path):
                 self.path.mkdir(exist_ok=True)
             self._request = request
-            self.blocks, self.distilled = self._read_state()
+            self.blocks, self.bases, self.distilled = self._read_state()
             yield self
 
-    def restart(self) -> None:
-        """Forget what an earlier run left, its state first: the rest means nothing without it."""
+    def restart(self, *, keep_bases: bool = False) -> None:
+        """Forget what an earlier run left, its state first: the rest means nothing without it.
+
+        keep_bases: but learned bases, where there are any.
+        """
         self.blocks, self.distilled = [], None
+        kept = {_LOCK}
+        if keep_bases and self.bases is not None:
+            kept |= {self.learned_bases.name, "state.json"}
+            self._write_state()
+        else:
+            self.bases = None
+            with writing(self.root):
+                (self.root / "state.json").unlink(missing_ok=True)
         with writing(self.root):
-            (self.root / "state.json").unlink(missing_ok=True)
             for entry in self.root.iterdir():
-                if entry.name != _LOCK:
+                if entry.name not in kept:
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             self.path.mkdir()
+
+    def finish_bases(self, entry: Mapping[str, Any], bases: Mapping[str, Tensor]) -> None:
+        """Record bases that were learned before the first block."""
+        self._write(self.learned_bases, lambda file: save_file(dict(bases), file))
+        self.bases = dict(entry)
+        self._write_state()
 
     def finish_block(self, entry: Mapping[str, Any], save_streams: Callable[[Path], None]) -> None:
         """Record a block whose shard is written.
@@ -142,22 +165,21 @@ class Workdir:
                 f"Another bitfold run is writing {self.out}: wait for it, or choose another -o."
             )
 
-    def _read_state(self) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-        """The entries of finished blocks and of the distillation; none where the state is missing, damaged or of
-        another request."""
+    def _read_state(self) -> tuple[list[_Entry], _Entry | None, _Entry | None]:
+        """The entries of finished blocks, of bases and of the distillation; none where the state is missing, damaged
+        or of another request."""
         try:
             state = json.loads((self.root / "state.json").read_text(encoding="utf-8"))
-            blocks: list[dict[str, Any]] = state["blocks"]
-            return (
-                (blocks, state.get("distilled"))
-                if state["request"] == self._request
-                else ([], None)
-            )
+            if state["request"] != self._request:
+                return [], None, None
+            blocks: list[_Entry] = state["blocks"]
+            return blocks, state.get("bases"), state.get("distilled")
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return [], None
+            return [], None, None
 
     def _write_state(self) -> None:
-        found = {} if self.distilled is None else {"distilled": self.distilled}
+        parts = {"bases": self.bases, "distilled": self.distilled}
+        found = {name: entry for name, entry in parts.items() if entry is not None}
         state = json.dumps({"request": self._request, "blocks": self.blocks} | found)
         self._write(self.root / "state.json", lambda file: file.write_text(state, encoding="utf-8"))
 

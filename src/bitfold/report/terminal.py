@@ -138,11 +138,10 @@ def description_tables(content: Mapping[str, Any]) -> list[Table]:
                 "bits per weight",
                 f"{content['bits_per_weight']:.3f} (scales, zero-points, codebooks counted)",
             ),
-            *([("online", content["online"]["note"])] if "online" in content else []),
             *(
-                [("distillation", content["distillation"]["note"])]
-                if "distillation" in content
-                else []
+                (key, content[key]["note"])
+                for key in ("online", "rotation", "distillation")
+                if key in content
             ),
             ("KL on the probe", f"{probe['kl_mean']:.4f} over {probe['tokens']} tokens"),
             ("made from", f"{source}, bitfold {content['provenance']['bitfold']['version']}"),

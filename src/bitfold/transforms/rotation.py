@@ -10,10 +10,12 @@ orthogonal matrix serves; a Hadamard matrix H with random signs has entries of o
     q · k                    q H, k H, behind RoPE   runs
 """
 
+import math
 import zlib
 from collections.abc import Mapping
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from bitfold.models.family import NormSite, Site, ValueOutput
@@ -31,10 +33,23 @@ class Rotation(StreamTransform):
 
     heads: turn the values of every KV head too, folded. online: Hadamard matrices before o_proj, down_proj (fc2) and on
     queries and keys, which run; of the largest size that divides the width.
+    steps: learn the stream's rotation and those of heads, which begin as they would be without (`spinquant.py`), in so
+    many steps of `batch` windows; angle: of the first, in radians. rounds_weights: while learning round weights too, as
+    is done where nothing else is. held_back: share of the calibration windows by which the best state is chosen.
     """
 
     heads: bool = False
     online: bool = False
+    steps: int = Field(default=0, ge=0)
+    batch: int = Field(default=8, ge=1)
+    angle: float = Field(default=1.0, gt=0, lt=math.pi)
+    rounds_weights: bool = False
+    held_back: float = Field(default=0.125, gt=0, lt=1)
+
+    @property
+    def learns(self) -> bool:
+        """See `StreamTransform.learns`."""
+        return self.steps > 0
 
     def matrix(self, size: int, *, keeps_ones: bool, seed: int) -> Tensor:
         """See `StreamTransform.matrix`."""
@@ -60,13 +75,15 @@ class Rotation(StreamTransform):
         schemes: Mapping[str, Scheme],
         heads: Heads,
     ) -> Transform | None:
-        """One rotation for all KV heads at v → o; nothing elsewhere."""
-        if not (self.heads and isinstance(site, ValueOutput)):
+        """One rotation for all KV heads at v → o; nothing elsewhere, nor where it was learned."""
+        if self.steps or not (self.heads and isinstance(site, ValueOutput)):
             return None
-        like = weights[f"{site.output}.weight"]
-        one = _orthogonal(heads.size, _generator(site)).to(like)
-        blocks = one.repeat(heads.keys, 1, 1)
+        blocks = self.head_matrices(site, heads).to(weights[f"{site.output}.weight"])
         return HeadMatrix(site, blocks, blocks.transpose(1, 2))
+
+    def head_matrices(self, site: Site, heads: Heads) -> Tensor:
+        """Of the values of every KV head, all the same [K, H, H], float64."""
+        return _orthogonal(heads.size, _generator(site)).repeat(heads.keys, 1, 1)
 
     def online_map(self, site: Site, width: int, heads: Heads) -> MapShape | None:
         """See `SiteTransform.online_map`."""

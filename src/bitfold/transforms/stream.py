@@ -21,6 +21,7 @@ __all__ = ["refuse_outsiders", "rotate_stream", "rotation_defect", "turn_block",
 def rotation_defect(rotation: Tensor, stream: Stream) -> float:
     """How far R [d, d] is from the stream's group: ‖R Rᵀ − I‖, and ‖R 1 − 1‖ under LayerNorm (largest entries)."""
     eye = torch.eye(rotation.shape[0], dtype=rotation.dtype, device=rotation.device)
+    rotation = rotation.detach()
     defect = float((rotation @ rotation.T - eye).abs().max())
     if stream.reads_mean:
         defect = max(defect, float((rotation.sum(dim=1) - 1).abs().max()))
