@@ -46,6 +46,7 @@ _KEPT = (
     "process_cpu_seconds",
     "peak_rss_mb",
     "format",
+    "online",
     "notes",
 )
 

@@ -151,7 +151,8 @@ def explanation(rows: list[Row], options: argparse.Namespace) -> Iterable[str]:
     yield ""
     yield (
         "bits: per quantized weight, scales and zero-points counted; size: MB of the whole artifact, embeddings, "
-        "tokenizer and `bitfold verify`'s probe included; ppl: perplexity, and its ratio to the original's; KL: to the "
+        "tokenizer and `bitfold verify`'s probe included; runs: what is not folded, operations a token in share of the "
+        "linear layers' multiply-adds; ppl: perplexity, and its ratio to the original's; KL: to the "
         "original, mean in nats per token ± standard error over windows; ÷ rtn: KL over that of rtn; top-1: how often "
         "the likeliest token is the original's; s: seconds of `bitfold quantize` on the clock, without Python's start; "
         "CPU s: on the processor, the start (about 4 s) included; MB: its peak resident memory."
@@ -166,11 +167,11 @@ def explanation(rows: list[Row], options: argparse.Namespace) -> Iterable[str]:
 def model_table(rows: list[Row], reference: list[Row], options: argparse.Namespace) -> list[str]:
     original, *others = rows
     texts = list(original["texts"])
-    header = ["scheme", "method", "bits", "size"]
+    header = ["scheme", "method", "bits", "size", "runs"]
     for name in texts:
         header += [f"{name} ppl", "ratio", "KL", "÷ rtn", "top-1"]
     header += ["s", "CPU s", "MB"]
-    cells = [["–", ORIGINAL, "16", megabytes(original["size_bytes"])]]
+    cells = [["–", ORIGINAL, "16", megabytes(original["size_bytes"]), ""]]
     for name in texts:
         cells[0] += [f"{original['texts'][name]['perplexity']:.3f}", "1", "0", "", ""]
     cells[0] += ["", "", ""]
@@ -178,9 +179,11 @@ def model_table(rows: list[Row], reference: list[Row], options: argparse.Namespa
         group = [row for row in others if row["scheme"] == scheme]
         floor = next((row for row in group if row["method"] == "rtn"), None)
         cells += [row_cells(row, original, floor, texts) for row in group]
-        cells += [
-            reference_cells(row, texts, options) for row in reference if row["scheme"] == scheme
-        ]
+        theirs = [row for row in reference if compares(row, scheme)]
+        cells += [reference_cells(row, texts, options) for row in theirs]
+    if not any(line[header.index("runs")] for line in cells):
+        lines = [header, *cells]
+        header, *cells = [line[:4] + line[5:] for line in lines]
     align = [":--", ":--"] + ["--:"] * (len(header) - 2)
     return [f"| {' | '.join(line)} |" for line in [header, align, *cells]]
 
@@ -188,6 +191,7 @@ def model_table(rows: list[Row], reference: list[Row], options: argparse.Namespa
 def row_cells(row: Row, original: Row, floor: Row | None, texts: list[str]) -> list[str]:
     cells = [row["scheme"].replace(":", " "), row["method"].replace(":", " ")]
     cells += [f"{row['bits_per_weight']:.3f}", megabytes(row["size_bytes"])]
+    cells.append(f"{row['online']['share']:.1%}" if row.get("online") else "")
     for name in texts:
         figures = row["texts"][name]
         if figures["perplexity"] is None or figures["kl_mean"] is None:
@@ -202,10 +206,17 @@ def row_cells(row: Row, original: Row, floor: Row | None, texts: list[str]) -> l
     return [*cells, *(f"{seconds:.1f}" for seconds in costs), f"{row['peak_rss_mb']:.0f}"]
 
 
+def compares(row: Row, scheme: str) -> bool:
+    """Whether another tool's row stands beside ours of a scheme: in this notation; of activations that are rounded in
+    another way too, which it says."""
+    notation, _, settings = scheme.partition(":")
+    return bool(row["scheme"] == notation) and (not settings or settings.startswith("activation."))
+
+
 def reference_cells(row: Row, texts: list[str], options: argparse.Namespace) -> list[str]:
     activations = f", {row['activations']} activations" if row["activations"] else ""
     cells = [row["scheme"], f"{row['tool']} {row['version']}: {row['method']}{activations}"]
-    cells += ["", ""]
+    cells += ["", "", ""]
     for name in texts:
         if name != options.reference_text:
             cells += ["", "", "", "", ""]
