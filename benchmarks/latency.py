@@ -1,12 +1,12 @@
-"""What runs costs time: latency of artifacts by affine (folded) and affine-online, as ratios against rtn's.
+"""What runs costs time: latency of artifacts by methods that fold and methods that do not, as ratios against rtn's.
 
     python benchmarks/latency.py MODEL --calibration FILE --out docs/results/latency
     python benchmarks/latency.py --random 4 --out latency-1b
 
 The artifacts are made by `bitfold quantize` (a few steps of fitting: what a matrix holds does not change its time).
-Folded and rtn's must have the same tensors, or this stops. Each is loaded in each dtype and its weights made dense, so
-that only what runs differs. In every round all of them take turns, in changing order: the prompt, then tokens one
-by one with the cache. A ratio is of two times of one round; the table has median and quartiles of all rounds.
+Those of methods that fold must have the tensors of rtn's, or this stops. Each is loaded in each dtype and its weights
+made dense, so that only what runs differs; the first that does not fold also as it is loaded. In every round all of
+them take turns, in changing order: the prompt, then tokens one by one with the cache. A ratio is of two times of one round; the table has median and quartiles of all rounds.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any
@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 Times = dict[str, list[float]]
-BASE, FOLDED, ONLINE = "rtn", "affine", "affine-online"
-AS_LOADED = f"{ONLINE}, as loaded"
+BASE = "rtn"
 
 
 def main() -> None:
@@ -41,10 +40,10 @@ def main() -> None:
             model = Path(directory) / "model"
             write_checkpoint(model, options.random)
             name = f"random Llama, {options.random} layers of width {SHAPE['hidden_size']}"
-        artifacts, cost = make(model, Path(directory), options)
+        artifacts, costs = make(model, Path(directory), options)
         rows = []
         for dtype in options.dtype:
-            rows += measure(artifacts, dtype, options)
+            rows += measure(artifacts, list(costs)[:1], dtype, options)
     content = {
         "command": "python " + shlex.join(sys.argv),
         "machine": machine(),
@@ -54,7 +53,7 @@ def main() -> None:
         "prompt": options.prompt,
         "tokens": options.tokens,
         "rounds": options.rounds,
-        "cost": cost,
+        "costs": costs,
         "rows": rows,
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -69,6 +68,7 @@ def parse_arguments() -> argparse.Namespace:
     add("model", type=Path, nargs="?", help="directory of a checkpoint")
     add("--random", type=int, help="in its place: layers of a random Llama of TinyLlama's shape")
     add("--calibration", type=Path, help="default: bitfold's own text")
+    add("--method", nargs="+", default=["affine", "affine-online", "quarot", "flat"])
     add("--scheme", default="w3a16g128")
     add("--epochs", type=int, default=1, help="of the fit; 0: identities run, in the same time")
     add("--dtype", nargs="+", default=["float32", "bfloat16", "float16"])
@@ -88,20 +88,25 @@ def parse_arguments() -> argparse.Namespace:
 def make(
     model: Path, directory: Path, options: argparse.Namespace
 ) -> tuple[dict[str, Path], dict[str, Any]]:
-    """An artifact per method, and what the online one says it costs."""
-    artifacts = {method: directory / method for method in (BASE, FOLDED, ONLINE)}
+    """An artifact per method, and what those say that leave something to run."""
+    from bitfold import Recipe
+
+    artifacts = {method: directory / method for method in (BASE, *options.method)}
+    costs: dict[str, Any] = {}
     for method, out in artifacts.items():
         asked = ["--method", method, "--scheme", options.scheme, "--samples", "4"]
-        if method != BASE:
+        if "affine" in Recipe.make(method, options.scheme).part_names:
             asked += ["--set", f"affine.epochs={options.epochs}"]
+        if method != BASE:
             asked += ["--calibration", options.calibration] if options.calibration else []
             # A random model has no tokenizer.
             asked += ["--calibration", random_tokens(directory)] if options.random else []
         made = bitfold_json("quantize", model, "-o", out, *asked)
-    if stored(artifacts[BASE]) != stored(artifacts[FOLDED]):
-        raise SystemExit(f"{FOLDED} has other tensors than {BASE}: it is not folded")
-    cost: dict[str, Any] = made["online"]
-    return artifacts, cost
+        if made["online"] is not None:
+            costs[method] = made["online"]
+        elif stored(out) != stored(artifacts[BASE]):
+            raise SystemExit(f"{method} has other tensors than {BASE}: it is not folded")
+    return artifacts, costs
 
 
 def random_tokens(directory: Path) -> Path:
@@ -120,13 +125,20 @@ def stored(artifact: Path) -> dict[str, tuple[Any, ...]]:
     return {n: (info.dtype, info.shape) for n, info in Checkpoint(artifact).tensors.items()}
 
 
-def measure(artifacts: Mapping[str, Path], dtype: str, options: argparse.Namespace) -> list[Row]:
+def measure(
+    artifacts: Mapping[str, Path],
+    as_loaded: Iterable[str],
+    dtype: str,
+    options: argparse.Namespace,
+) -> list[Row]:
+    """as_loaded: methods that are measured with packed weights too."""
     import bitfold
 
     def load(method: str) -> "PreTrainedModel":
         return bitfold.load(artifacts[method], device=options.device, dtype=dtype)
 
-    models = {method: dense(load(method)) for method in artifacts} | {AS_LOADED: load(ONLINE)}
+    models = {method: dense(load(method)) for method in artifacts}
+    models |= {f"{method}, as loaded": load(method) for method in as_loaded}
     times: dict[str, Times] = {name: {"prefill": [], "token": []} for name in models}
     names = list(models)
     for turn in range(-2, options.rounds):  # two rounds to warm up
@@ -196,7 +208,6 @@ def summary(values: list[float], base: list[float]) -> dict[str, float]:
 
 
 def page(content: dict[str, Any]) -> str:
-    cost = content["cost"]
     lines = [
         f"# Latency: {content['model']}, {content['scheme']}",
         "",
@@ -207,11 +218,10 @@ def page(content: dict[str, Any]) -> str:
         "Ratios of times within a round against rtn's: median, and quartiles of "
         f"{content['rounds']} rounds in which all take turns. Prefill: a prompt of {content['prompt']} tokens; token: "
         f"the mean of {content['tokens']} after it, one by one with the cache. Weights are dense, except as loaded, "
-        "where bitfold's own format unpacks them at every step. affine is folded: its artifact has the tensors of "
-        "rtn's (compared by name, dtype and shape).",
+        "where bitfold's own format unpacks them at every step. A method without a share of its own is folded: its "
+        "artifact has the tensors of rtn's (compared by name, dtype and shape).",
         "",
-        f"affine-online by its own count: {cost['multiply_adds']:,} multiply-adds a token more "
-        f"({cost['share']:.1%} of the linear layers' in the blocks), {cost['bytes'] / 1e6:.1f} MB.",
+        *(f"- {method}: {cost['note']}" for method, cost in content["costs"].items()),
         "",
         "| device | dtype | method | prefill ms | ratio | quartiles | token ms | ratio | quartiles |",
         "| :-- | :-- | :-- | --: | --: | --: | --: | --: | --: |",
