@@ -6,7 +6,8 @@
 The artifacts are made by `bitfold quantize` (a few steps of fitting: what a matrix holds does not change its time).
 Those of methods that fold must have the tensors of rtn's, or this stops. Each is loaded in each dtype and its weights
 made dense, so that only what runs differs; the first that does not fold also as it is loaded. In every round all of
-them take turns, in changing order: the prompt, then tokens one by one with the cache. A ratio is of two times of one round; the table has median and quartiles of all rounds.
+them take turns, in changing order: the prompt, then tokens one by one with the cache. A ratio is of two times of one
+round; the table has median and quartiles of all rounds.
 """
 
 import argparse
