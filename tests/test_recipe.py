@@ -374,7 +374,7 @@ def test_other_methods_have_efforts_too() -> None:
     low, medium, high = (
         Recipe.make("flat+gptaq", "w4a4", effort=effort) for effort in ("low", None, "high")
     )
-    assert [type(part).__name__ for part in low.transforms] == ["SmoothQuant", "Kronecker"]
+    assert [type(part).__name__ for part in low.transforms] == ["SmoothQuant", "Kronecker", "Keys"]
     assert [recipe.transforms[-1].epochs for recipe in (medium, high)] == [5, 15]
     assert {type(recipe.rounding).__name__ for recipe in (low, medium, high)} == {"Gptaq"}
     assert Recipe.make("affine-plus", "w4a4", effort="low").distillation is None

@@ -6,9 +6,10 @@ from pydantic import BaseModel, ConfigDict
 
 __all__ = ["Need", "Part"]
 
-Need = Literal["gram", "cross", "channels", "rows", "loss"]
+Need = Literal["gram", "cross", "channels", "rows", "heads", "loss"]
 """What a part may ask of the block loop: the inputs' second moment, what correlates with them of the error that earlier
-layers made, per-channel magnitudes, a sample of input rows, or the block's loss as a differentiable function."""
+layers made, per-channel magnitudes, a sample of input rows, the second moments of queries and keys, or the block's loss
+as a differentiable function."""
 
 
 class Part(BaseModel):

@@ -22,8 +22,8 @@ class InputStatistics:
     """Statistics of one input of width d, accumulated batch by batch in float32 (float64 where it comes in that).
 
     gram: [d, d] second moment E[xxᵀ] (kept as a sum; `gram` divides). cross: [d, d] E[(x₀ − x)xᵀ] with the original
-    model's input x₀. channels: per-channel minimum, maximum,
-    mean magnitude [d]. rows: up to `ROWS` input rows [n, d], evenly spaced over the stream.
+    model's input x₀. channels: per-channel minimum, maximum, mean magnitude [d]. rows: up to `ROWS` input rows [n, d],
+    evenly spaced over the stream. heads: second moments of the queries and keys that are made of the input.
     """
 
     needs: frozenset[Need]
@@ -35,6 +35,7 @@ class InputStatistics:
     _maximum: Tensor | None = None
     _magnitude: Tensor | None = None
     _rows: list[Tensor] = field(default_factory=list)
+    _heads: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
 
     def update(self, x: Tensor, original: Tensor | None = None) -> None:
         """Add inputs [..., d]; `original`: the original model's on the same tokens, for `cross`."""
@@ -59,6 +60,18 @@ class InputStatistics:
         if "rows" in self.needs:
             stride = max(1, -(-self.expected_tokens // ROWS))
             self._rows.append(x[(-start) % stride :: stride].clone())
+
+    def update_heads(self, name: str, x: Tensor) -> None:
+        """Add queries or keys [batch, heads, tokens, H], as the attention multiplies them."""
+        x = widened(x.detach())
+        product = torch.einsum("bnth,bntg->nhg", x, x)
+        before, count = self._heads.get(name, (torch.zeros_like(product), 0))
+        self._heads[name] = (before + product, count + x.shape[0] * x.shape[2])
+
+    def head_moment(self, name: str, keys: int) -> Tensor:
+        """E[qqᵀ] or E[kkᵀ] by KV head [keys, H, H], over the query heads that share it."""
+        total, count = self._heads[name]
+        return total.unflatten(0, (keys, -1)).mean(dim=1) / count
 
     @property
     def gram(self) -> Tensor:

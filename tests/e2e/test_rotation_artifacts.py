@@ -32,7 +32,7 @@ def test_what_loads_is_what_was_simulated(
 ) -> None:
     report = _quantize(checkpoint(family, dtype), tokens, tmp_path / "out")
     assert max(report["folding_errors"]) < (1e-5 if dtype == FLOAT32 else 5e-3)
-    assert bitfold.verify(tmp_path / "out").difference < 1e-6
+    assert bitfold.verify(tmp_path / "out").difference == 0
     # Behind no norm: before o_proj, before down_proj, on queries and keys, in two blocks.
     assert report["online"]["maps"] == 6
     assert report["online"]["folded"] is False
@@ -161,7 +161,7 @@ def test_all_of_it_folds_if_asked(checkpoint: Zoo, tokens: Path, tmp_path: Path)
     assert "online" not in report
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "compressed-tensors"
-    assert bitfold.verify(tmp_path / "out").difference < 1e-6
+    assert bitfold.verify(tmp_path / "out").difference == 0
 
 
 def test_codes_are_learned_in_the_ranges_that_inputs_will_have(
@@ -188,7 +188,7 @@ def test_codes_are_learned_in_the_ranges_that_inputs_will_have(
     }
     assert seen
     assert {float(lower) for lower, upper in seen if lower is upper} == stored
-    assert bitfold.verify(out).difference < 1e-6
+    assert bitfold.verify(out).difference == 0
 
 
 def test_with_what_is_learned_before_it(checkpoint: Zoo, tokens: Path, tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_with_what_is_learned_before_it(checkpoint: Zoo, tokens: Path, tmp_path:
         set=("affine.epochs=1",),
     )
     assert max(report["folding_errors"]) < 1e-4
-    assert bitfold.verify(tmp_path / "out").difference < 1e-6
+    assert bitfold.verify(tmp_path / "out").difference == 0
 
 
 def test_what_has_no_stream_to_turn_is_refused(tokens: Path, tmp_path: Path) -> None:

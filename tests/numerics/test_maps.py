@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitfold.numerics import MapShape, apply_map, hadamard_matrix
+from bitfold.numerics import MapShape, apply_map, for_queries, hadamard_matrix, turn_heads
 
 FLOAT64 = torch.float64
 
@@ -51,6 +51,24 @@ def test_the_identity_does_nothing(shape: MapShape) -> None:
     tensors = shape.identity(x)
     assert {name: tuple(t.shape) for name, t in tensors.items()} == shape.tensors
     assert torch.equal(apply_map(x, tensors), x)
+
+
+def test_matrices_of_heads_leave_the_product_of_queries_and_keys() -> None:
+    shape = MapShape("heads", (2, 6))
+    tensors = {"keys": torch.randn(shape.tensors["keys"], dtype=FLOAT64)}
+    query, key = (torch.randn(3, heads, 5, 6, dtype=FLOAT64) for heads in (4, 2))
+    turned = {n: turn_heads(n, x, tensors) for n, x in (("query", query), ("key", key))}
+    assert torch.allclose(turned["key"][:, 1], key[:, 1] @ tensors["keys"][1], atol=1e-12)
+    per_query = [k.repeat_interleave(2, dim=1) for k in (key, turned["key"])]
+    before, after = query @ per_query[0].mT, turned["query"] @ per_query[1].mT
+    assert (after - before).abs().max() < 1e-10
+    assert not torch.allclose(turned["query"], query, atol=0.1)
+    known = turn_heads("query", query, tensors, for_queries(tensors["keys"]))
+    assert torch.equal(known, turned["query"])
+    identity = shape.identity(key)
+    assert torch.equal(turn_heads("key", key, identity), key)
+    assert torch.equal(turn_heads("query", query, identity), query)
+    assert (shape.width, shape.operations, shape.numbers) == (6, 36, 72)
 
 
 def test_a_hadamard_matrix_is_no_identity() -> None:

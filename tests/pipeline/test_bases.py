@@ -184,7 +184,7 @@ def test_an_artifact_computes_what_was_simulated(
     assert result.rotation is not None
     assert result.rotation["steps"] == 4
     assert result.rotation["note"] in result.notes
-    assert bitfold.verify(tmp_path / "out").difference < 1e-6
+    assert bitfold.verify(tmp_path / "out").difference == 0
 
 
 def test_the_folded_form_loads_in_plain_transformers(
@@ -194,6 +194,14 @@ def test_the_folded_form_loads_in_plain_transformers(
     model = checkpoint("llama", torch.float32)
     result = quantize(model, tmp_path / "out", ids, set=settings)
     assert (result.format, result.online) == ("compressed-tensors", None)
+
+
+def test_a_dry_run_learns_nothing(checkpoint: Zoo, ids: Path, tmp_path: Path) -> None:
+    model, out = checkpoint("llama", torch.float32), tmp_path / "out"
+    found = bitfold.quantize(model, out, calibration=ids, method="spinquant", dry_run=True)
+    assert isinstance(found, bitfold.Estimate)
+    assert found.disk_bytes > found.size_bytes + 64 * 64 * 8  # the rotations, while it grows
+    assert not list(tmp_path.glob("*out*"))
 
 
 def test_one_window_is_too_little(checkpoint: Zoo, ids: Path, tmp_path: Path) -> None:

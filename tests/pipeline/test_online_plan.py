@@ -44,6 +44,12 @@ def _skeleton(checkpoint: Zoo) -> Skeleton:
     return Skeleton(Checkpoint(checkpoint("llama", torch.float32)))
 
 
+def _attention(skeleton: Skeleton, scheme: str = "w4a16") -> dict[str, Scheme]:
+    asked = Scheme.parse(scheme)
+    of_heads = Scheme(query=asked.query, key=asked.key, value=asked.value)
+    return {f"{skeleton.block_name(index)}.self_attn": of_heads for index in range(2)}
+
+
 def _recipe(*parts: Blocks) -> Recipe:
     return Recipe(method="blocks", scheme=Scheme.parse("w4a16g32"), transforms=parts)
 
@@ -63,7 +69,8 @@ def _recipe(*parts: Blocks) -> Recipe:
 def test_the_plan_of_every_block(
     parts: tuple[Blocks, ...], expected: dict[str, MapShape], checkpoint: Zoo
 ) -> None:
-    found = online_maps(_skeleton(checkpoint), _recipe(*parts))
+    skeleton = _skeleton(checkpoint)
+    found = online_maps(skeleton, _recipe(*parts), _attention(skeleton))
     assert found == {
         f"model.layers.{index}.{norm}": entry
         for norm, entry in expected.items()
@@ -91,12 +98,13 @@ def test_hadamard_and_kronecker_matrices_cost_less(checkpoint: Zoo) -> None:
         "model.layers.0.mlp.down_proj": MapShape("hadamard", (1, 96, 1)),
         "model.layers.0.self_attn": MapShape("hadamard", (1, 16, 1)),
         "model.layers.0.input_layernorm": MapShape("kronecker", (8, 8)),
+        "model.layers.1.self_attn": MapShape("heads", (2, 16)),
     }
     cost = online_cost(skeleton, maps, torch.bfloat16)
     assert cost is not None
-    assert cost.operations == 96 * (12 + 3) + (4 + 2) * 16 * 4 + 64 * (8 + 8)
-    assert cost.bytes == 2 * (96 + 16 + 64 + 64)
-    assert stored_maps(maps)[2:] == [
+    assert cost.operations == 96 * (12 + 3) + (4 + 2) * 16 * (4 + 16) + 64 * (8 + 8)
+    assert cost.bytes == 2 * (96 + 16 + 64 + 64 + 2 * 16 * 16)
+    assert stored_maps(maps)[2:4] == [
         "model.layers.0.input_layernorm.online.left",
         "model.layers.0.input_layernorm.online.right",
     ]
@@ -104,8 +112,20 @@ def test_hadamard_and_kronecker_matrices_cost_less(checkpoint: Zoo) -> None:
 
 def test_two_maps_that_are_no_matrices_of_one_kind_are_refused(checkpoint: Zoo) -> None:
     parts = (Blocks(norm=FIRST, size=8), Blocks(norm=FIRST, size=8, kind="kronecker"))
+    skeleton = _skeleton(checkpoint)
     with pytest.raises(RecipeError, match=r"leaves two maps at input_layernorm"):
-        online_maps(_skeleton(checkpoint), _recipe(*parts))
+        online_maps(skeleton, _recipe(*parts), _attention(skeleton))
+
+
+@pytest.mark.parametrize("method", ["quarot", "flat"])
+@pytest.mark.parametrize(("scheme", "turned"), [("w4a4", 0), ("w4a4kv4", 2), ("w4a4q4", 2)])
+def test_queries_and_keys_are_turned_only_where_they_are_rounded(
+    method: str, scheme: str, turned: int, checkpoint: Zoo
+) -> None:
+    skeleton, recipe = _skeleton(checkpoint), Recipe.make(method, scheme)
+    found = online_maps(skeleton, recipe, _attention(skeleton, scheme))
+    assert sum(name.endswith("self_attn") for name in found) == turned
+    assert found["model.layers.1.mlp.down_proj"].width == 96
 
 
 def test_what_was_not_found_is_the_identity() -> None:

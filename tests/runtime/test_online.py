@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bitfold.models.checkpoint import Checkpoint
 from bitfold.models.skeleton import Skeleton
-from bitfold.numerics import MapShape, apply_map
+from bitfold.numerics import MapShape, apply_map, for_queries
 from bitfold.runtime.online import OnlineMap, attach, running_online
 from models_zoo import Zoo
 
@@ -54,6 +54,30 @@ def test_a_linear_layer_is_given_what_the_map_makes_of_its_input() -> None:
     assert torch.equal(loaded(x), expected)
     assert all(torch.equal(one, expected_input) for one in seen[1:])
     assert len(seen) == 3
+
+
+def test_matrices_of_heads_are_inverted_only_when_they_are_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = []
+
+    def counted(keys: Tensor) -> Tensor:
+        made.append(1)
+        return for_queries(keys)
+
+    monkeypatch.setattr("bitfold.runtime.online.for_queries", counted)
+    online = OnlineMap(MapShape("heads", (2, 8)))
+    keys, query = online.get_parameter("keys"), torch.randn(1, 4, 3, 8)
+    keys.data = torch.randn(2, 8, 8)
+    first = online.turn_heads("query", query)
+    assert torch.equal(online.turn_heads("query", query), first)
+    assert made == [1]
+    with torch.no_grad():
+        keys.mul_(2)
+    assert torch.allclose(online.turn_heads("query", query), first / 2, atol=1e-5)
+    online.double()
+    assert online.turn_heads("query", query.double()).dtype == torch.float64
+    assert made == [1, 1, 1]
 
 
 def test_a_copy_runs_its_own() -> None:

@@ -35,7 +35,7 @@ from bitfold.transforms.groups import (
     Transform,
     fold,
 )
-from bitfold.transforms.online import OnlineHadamard, OnlineKronecker
+from bitfold.transforms.online import OnlineHadamard, OnlineHeads, OnlineKronecker
 from models_zoo import TOKENS, in_float64, random_model
 
 SAME, DIFFERENT = 1e-10, 1e-3
@@ -95,6 +95,8 @@ class _Case:
 def _shape(transform: Transform, part: str, value: Tensor) -> MapShape:
     if isinstance(transform, OnlineKronecker):
         return MapShape("kronecker", (len(transform.left), len(transform.right)))
+    if part == "keys":
+        return MapShape("heads", tuple(value.shape[:2]))
     if part == "signs":
         return MapShape("hadamard", tuple(value.shape))
     return MapShape("blocks", tuple(value.shape[:2]))
@@ -235,6 +237,24 @@ def test_queries_and_keys_meet_behind_the_same_hadamard_matrix(case: _Case) -> N
     case.model.set_attn_implementation(ATTENTION)
     site = case.site(QueryKey)
     assert case.change(lambda weights: OnlineHadamard(site, _signs(1, case.heads.size, 1))) < SAME
+
+
+@pytest.mark.parametrize("storage", [None, torch.bfloat16])
+def test_queries_and_keys_meet_behind_matrices_of_heads(
+    storage: torch.dtype | None, case: _Case
+) -> None:
+    """Rounded for storage they are still undone: queries take the inverse of what is stored. Two are multiplied."""
+    case.model.set_attn_implementation(ATTENTION)
+    site = case.site(QueryKey)
+
+    def make(weights: dict[str, Tensor]) -> Transform:
+        return OnlineHeads(site, _matrices(case.heads.keys, case.heads.size)[0])
+
+    assert make({}).defect() < SAME
+    assert case.change(make, storage) < SAME
+    first = {f"{site.runs_at}.online.keys": torch.eye(case.heads.size).double() * 2, "w": _signs(1)}
+    both = make({}).fold(first, case.heads)[f"{site.runs_at}.online.keys"]
+    assert both.shape == (case.heads.keys, case.heads.size, case.heads.size)
 
 
 def test_a_kronecker_product_runs_before_any_reader(case: _Case) -> None:

@@ -45,7 +45,7 @@ __all__ = [
 
 NAME = "bitfold"
 VERSION = 1
-_DIMENSIONS = {"blocks": 2, "hadamard": 3, "kronecker": 2}
+_DIMENSIONS = {"blocks": 2, "hadamard": 3, "kronecker": 2, "heads": 2}
 
 
 def choose(layout: Layout) -> Choice | Refusal:

@@ -5,7 +5,7 @@ from bitfold.numerics.clusters import channel_clusters, over_clusters
 from bitfold.numerics.codebook import CodebookShape, entries_of, quantize_values
 from bitfold.numerics.fp4 import global_scale, scale_dtype_of
 from bitfold.numerics.hadamard import hadamard_matrix, hadamard_size
-from bitfold.numerics.maps import MapShape, apply_map
+from bitfold.numerics.maps import MapShape, apply_map, for_queries, turn_heads
 from bitfold.numerics.packing import pack, packed_width, unpack
 from bitfold.numerics.quantize import (
     dequantize,
@@ -36,6 +36,7 @@ __all__ = [
     "fake_quantize",
     "fake_quantize_dynamic",
     "fake_quantize_static",
+    "for_queries",
     "from_groups",
     "global_scale",
     "hadamard_matrix",
@@ -50,5 +51,6 @@ __all__ = [
     "scale_dtype_of",
     "sharing_global_scale",
     "to_groups",
+    "turn_heads",
     "unpack",
 ]

@@ -3,8 +3,10 @@
     blocks      weight [count, size, size]      x ↦ x Wᵀ                          n · size multiply-adds
     hadamard    signs [copies, size, inner]     x ↦ (signs ∘ x) H / √size         n · log₂ size additions *
     kronecker   left [a, a], right [b, b]       x ↦ vec(leftᵀ X right), X [a, b]  n · (a + b) multiply-adds
+    heads       keys [heads, n, n]              k ↦ k M, q ↦ q M⁻ᵀ                n · n multiply-adds
 
-All on the last axis of x, n values. H stands on `size`, with `inner` values that stay together between.
+All on the last axis of x, n values; `heads` on queries and keys, whose product undoes it (`turn_heads`).
+H stands on `size`, with `inner` values that stay together between.
 * Where size is a power of two: else m + log₂(size / m) for each value, m the size of Paley's matrix in H.
 """
 
@@ -19,9 +21,9 @@ from torch import Tensor
 from bitfold.numerics.blocks import linear_blocks
 from bitfold.numerics.hadamard import hadamard_additions, hadamard_transform
 
-__all__ = ["MapKind", "MapShape", "apply_map"]
+__all__ = ["MapKind", "MapShape", "apply_map", "for_queries", "turn_heads"]
 
-MapKind = Literal["blocks", "hadamard", "kronecker"]
+MapKind = Literal["blocks", "hadamard", "kronecker", "heads"]
 
 _ALIGNMENT = 64
 
@@ -29,7 +31,7 @@ _ALIGNMENT = 64
 @dataclass(frozen=True)
 class MapShape:
     """What a map is before its numbers are known. shape: blocks (count, size), hadamard (copies, size, inner),
-    kronecker (a, b)."""
+    kronecker (a, b), heads (KV heads, head_dim)."""
 
     kind: MapKind
     shape: tuple[int, ...]
@@ -37,7 +39,7 @@ class MapShape:
     @property
     def width(self) -> int:
         """n."""
-        return math.prod(self.shape)
+        return self.shape[1] if self.kind == "heads" else math.prod(self.shape)
 
     @property
     def tensors(self) -> dict[str, tuple[int, ...]]:
@@ -47,6 +49,9 @@ class MapShape:
             return {"weight": (count, size, size)}
         if self.kind == "hadamard":
             return {"signs": self.shape}
+        if self.kind == "heads":
+            count, size = self.shape
+            return {"keys": (count, size, size)}
         left, right = self.shape
         return {"left": (left, left), "right": (right, right)}
 
@@ -55,7 +60,7 @@ class MapShape:
         """Multiply-adds for one row x; of a Hadamard matrix the additions of a fast transform."""
         if self.kind == "hadamard":
             return self.width * hadamard_additions(self.shape[1])
-        return self.width * (self.shape[1] if self.kind == "blocks" else sum(self.shape))
+        return self.width * (sum(self.shape) if self.kind == "kronecker" else self.shape[1])
 
     @property
     def numbers(self) -> int:
@@ -85,7 +90,34 @@ def apply_map(x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
     return (left.T @ (pieces @ right)).flatten(-2)
 
 
+def turn_heads(
+    name: Literal["query", "key", "value"],
+    x: Tensor,
+    tensors: Mapping[str, Tensor],
+    queries: Tensor | None = None,
+) -> Tensor:
+    """Queries or keys x [batch, heads, tokens, head_dim] through the map of these tensors.
+
+    queries: what `for_queries` makes of a map of heads, where that is known.
+    """
+    if "keys" not in tensors:
+        return apply_map(x, tensors)
+    if name == "key":
+        return x @ _aligned(tensors["keys"]).to(x.dtype)
+    turned = for_queries(tensors["keys"]) if queries is None else queries
+    shared = x.shape[1] // turned.shape[0]
+    return x @ turned.to(x.dtype).repeat_interleave(shared, dim=0)
+
+
+def for_queries(keys: Tensor) -> Tensor:
+    """M⁻ᵀ of a map of heads M [KV heads, n, n], in float32 at least."""
+    precise = keys if keys.dtype == torch.float64 else keys.float()
+    return torch.linalg.inv(precise).transpose(1, 2).contiguous()
+
+
 def _aligned(tensor: Tensor) -> Tensor:
-    """The same numbers at an address such as PyTorch allocates: on a CPU the last bits of a product depend on it, and
-    tensors that are read from a file lie anywhere."""
-    return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
+    """The same numbers as a loader should have them, row by row, at an address such as PyTorch allocates: on a CPU the
+    last bits of a product depend on both. What is read from a file lies anywhere; what was solved for may be a view."""
+    if tensor.data_ptr() % _ALIGNMENT:
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor.contiguous()

@@ -1,5 +1,6 @@
 """What a run would take: disk from the formats, time and memory from trials on the first block."""
 
+import math
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from bitfold.pipeline.shards import block_from_tensors, block_tensors
 from bitfold.pipeline.step import step
 from bitfold.pipeline.streams import Streams
 from bitfold.statistics import ROWS
+from bitfold.transforms.rotation import Rotation
+from bitfold.transforms.spinquant import CHECKS
 
 __all__ = ["Estimate", "estimate"]
 
@@ -56,7 +59,7 @@ def estimate(job: Job, start: float) -> Estimate:
         seconds=(prepared - start)
         + max(0.0, cold - short)
         + per_block * blocks
-        + _distillation(job, streams)
+        + _training(job, streams)
         + (job.skeleton.checkpoint.nbytes + size) / BYTES_PER_SECOND,
         peak_rss_mb=peak_rss_mb(),
         size_bytes=size,
@@ -67,23 +70,40 @@ def estimate(job: Job, start: float) -> Estimate:
     )
 
 
-def _distillation(job: Job, streams: Streams) -> float:
-    """Seconds that a distillation takes if it does not stop before, from a window through the first block as it is and
-    through the head."""
+def _training(job: Job, streams: Streams) -> float:
+    """Seconds that what trains the whole model takes if it does not stop before, from a window through the first block
+    as it is and through the head: learned rotations, distillation."""
     options, windows = job.plan.recipe.distillation, streams.quantized
-    if options is None or windows is None:
+    rotation = job.plan.recipe.stream_transform if job.plan.recipe.learns_rotations else None
+    if windows is None or (options is None and rotation is None):
         return 0.0
     skeleton, blocks = job.skeleton, len(job.skeleton.blocks)
-    weights, outer = skeleton.load_block(0, job.dtype), skeleton.load_outer(job.dtype)
+    start = time.perf_counter()
+    weights = skeleton.load_block(0, job.dtype)
+    turned = time.perf_counter() - start
+    outer = skeleton.load_outer(job.dtype)
     window = windows[:1].to(skeleton.device)
     start = time.perf_counter()
     skeleton.run(0, weights, window)
     block = time.perf_counter() - start
     skeleton.head(outer, window).log_softmax(dim=-1)
     head = time.perf_counter() - start - block
-    learning, checking = options.passes(windows.shape[0])
-    # Forward, once more with a graph, and twice that back; the head is run for the original too.
-    return learning * (4 * blocks * block + 4 * head) + checking * (blocks * block + 2 * head)
+    learning, checking, steps = 0, 0, 0
+    if options is not None:
+        learning, checking = options.passes(windows.shape[0])
+    if isinstance(rotation, Rotation):
+        steps = rotation.steps
+        learning, checking = (
+            learning + steps * rotation.batch,
+            checking + CHECKS * math.ceil(rotation.held_back * windows.shape[0]),
+        )
+    # A step of rotations turns every block's weights, and takes that back; windows go forward, once more with a graph,
+    # and twice that back; the head is run for the original too.
+    return (
+        2 * steps * blocks * turned
+        + learning * (4 * blocks * block + 4 * head)
+        + checking * (blocks * block + 2 * head)
+    )
 
 
 def _trial(job: Job, streams: Streams, windows: int) -> float:

@@ -5,7 +5,7 @@ inputs are too, if that is quicker; sums are float32's. The streams themselves a
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -14,9 +14,15 @@ from torch import Tensor
 from bitfold.models.skeleton import Skeleton
 from bitfold.numerics import Scheme
 from bitfold.part import Need
-from bitfold.pipeline.hooks import InputQuantizer, quantizing, run_for_inputs
+from bitfold.pipeline.hooks import (
+    InputQuantizer,
+    capturing_heads,
+    quantizing,
+    run_for_inputs,
+)
 from bitfold.pipeline.plan import Plan
 from bitfold.pipeline.streams import Streams, batches
+from bitfold.runtime.attention import HeadName
 from bitfold.runtime.device import has_fast_bfloat16
 from bitfold.statistics import InputStatistics
 
@@ -70,13 +76,36 @@ def input_statistics(
             assert original is not None
             with low():
                 _keep_inputs(skeleton, index, original, next(started), names, exact)
-        with low(), _as_quantized(skeleton, index, plan, inputs):
+        with (
+            low(),
+            _as_quantized(skeleton, index, plan, inputs),
+            _looking_at_heads(skeleton, index, statistics, needs),
+        ):
             run_for_inputs(
                 skeleton.blocks[index],
                 receivers,
                 partial(skeleton.run, index, weights, batch.to(skeleton.device)),
             )
     return statistics
+
+
+def _looking_at_heads(
+    skeleton: Skeleton,
+    index: int,
+    statistics: Mapping[str, InputStatistics],
+    needs: frozenset[Need],
+) -> AbstractContextManager[None]:
+    """Within this context the block's queries and keys add to the statistics of the input they are made of."""
+    if "heads" not in needs:
+        return nullcontext()
+    of_input = statistics[skeleton.family.inputs[0][0]]
+
+    def receive(name: HeadName, x: Tensor) -> None:
+        if name != "value":
+            with torch.autocast(x.device.type, enabled=False):
+                of_input.update_heads(name, x)
+
+    return capturing_heads(skeleton.blocks[index], skeleton.family.attention, receive)
 
 
 def _may_be_low(skeleton: Skeleton, plan: Plan, stream: Tensor) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bitfold.errors import RecipeError
 from bitfold.models.family import ONLINE, NormSite, QueryKey, Site, head_counts
 from bitfold.models.skeleton import Skeleton
-from bitfold.numerics import MapShape, blocks_product
+from bitfold.numerics import MapShape, Scheme, blocks_product
 from bitfold.recipe import Recipe
 from bitfold.transforms import Heads
 
@@ -46,8 +46,12 @@ class OnlineCost:
         )
 
 
-def online_maps(skeleton: Skeleton, recipe: Recipe) -> dict[str, MapShape]:
+def online_maps(
+    skeleton: Skeleton, recipe: Recipe, attention: Mapping[str, Scheme]
+) -> dict[str, MapShape]:
     """The maps that the recipe's transforms leave, by the full name of the module at which they run.
+
+    On queries and keys there are some only where `attention`, by its module's name, has either quantized.
 
     Raises RecipeError where there are to be some behind norms, and the model has no such norm; or two at one place.
     """
@@ -63,6 +67,9 @@ def online_maps(skeleton: Skeleton, recipe: Recipe) -> dict[str, MapShape]:
         )
     for site in sites:
         for index, block in enumerate(skeleton.blocks):
+            scheme = attention[f"{skeleton.block_name(index)}.{skeleton.family.attention}"]
+            if isinstance(site, QueryKey) and scheme.query is None and scheme.key is None:
+                continue
             width = _width(site, block, heads)
             shapes = [part.online_map(site, width, heads) for part in recipe.transforms]
             found = _together([shape for shape in shapes if shape is not None], site, recipe)
@@ -84,7 +91,7 @@ def _together(shapes: list[MapShape], site: Site, recipe: Recipe) -> MapShape | 
     """Block-diagonal matrices are multiplied into one."""
     if len(shapes) < 2:
         return shapes[0] if shapes else None
-    if shapes[0].kind == "kronecker" and all(shape == shapes[0] for shape in shapes):
+    if shapes[0].kind in ("kronecker", "heads") and all(shape == shapes[0] for shape in shapes):
         return shapes[0]
     if any(shape.kind != "blocks" for shape in shapes):
         raise RecipeError(

@@ -88,7 +88,7 @@ def make_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
             f"The recipe quantizes nothing (scheme {recipe.scheme.notation}, ignore {list(recipe.ignore)}): "
             "choose fewer bits, or ignore less."
         )
-    online = online_maps(skeleton, recipe)
+    online = online_maps(skeleton, recipe, attention)
     storage = _storage_dtype(skeleton)
     stored = {
         name: _as_stored(skeleton, name, scheme, recipe, storage)

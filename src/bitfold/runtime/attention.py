@@ -32,6 +32,7 @@ __all__ = [
     "ATTENTION",
     "HEAD_TENSORS",
     "VALUE_CODEBOOK",
+    "HeadMap",
     "HeadName",
     "HeadQuantizers",
     "follow_cache",
@@ -46,6 +47,8 @@ ATTENTION = "bitfold"
 VALUE_CODEBOOK = "value_codebook"
 """Name of the codebook of an attention's values, among its tensors."""
 HeadName = Literal["query", "key", "value"]
+HeadMap = Callable[[HeadName, Tensor], Tensor]
+"""What turns queries and keys."""
 HEAD_TENSORS: tuple[HeadName, ...] = ("query", "key", "value")
 _ATTRIBUTE = "bitfold_head_quantizers"
 _MAP = "bitfold_head_map"
@@ -112,16 +115,13 @@ def set_head_quantizers(attention: nn.Module, quantizers: HeadQuantizers | None)
     setattr(attention, _ATTRIBUTE, quantizers)
 
 
-def set_head_map(
-    attention: nn.Module,
-    found: Callable[[nn.Module], Callable[[Tensor], Tensor]] | None,
-) -> None:
-    """Make such a module turn queries and keys [batch, heads, tokens, head_dim], before they are quantized, by the
-    orthogonal map that `found` gives for it."""
+def set_head_map(attention: nn.Module, found: Callable[[nn.Module], HeadMap] | None) -> None:
+    """Make such a module turn queries and keys [batch, heads, tokens, head_dim], before they are quantized, by the map
+    that `found` gives for it; q · k has to be what it was."""
     setattr(attention, _MAP, found)
 
 
-def head_map(attention: nn.Module) -> Callable[[Tensor], Tensor] | None:
+def head_map(attention: nn.Module) -> HeadMap | None:
     """What `set_head_map` has it turn queries and keys by."""
     found = getattr(attention, _MAP, None)
     return None if found is None else found(attention)
@@ -204,7 +204,8 @@ def _attention(
     turned, quantizers, layer = head_map(module), head_quantizers(module), _layer(module)
     if turned is not None:
         # Keys of a cache that quantizes them were turned before.
-        query, key = turned(query), turned(key) if layer is None else key
+        query = turned("query", query)
+        key = turned("key", key) if layer is None else key
     if quantizers is not None:
         query = quantizers.on("query", query, module)
         if layer is None:

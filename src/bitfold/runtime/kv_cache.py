@@ -11,18 +11,18 @@ after each pass. Where scales are of groups of tokens, the queries of its prompt
 fills quantized, while those of an artifact see each as it was at their time (`runtime/token_groups.py`).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from bitfold.errors import RecipeError
 from bitfold.models.family import head_counts
 from bitfold.numerics import TensorScheme
-from bitfold.runtime.attention import HeadName, HeadQuantizers, head_map, head_quantizers
+from bitfold.runtime.attention import HeadMap, HeadName, HeadQuantizers, head_map, head_quantizers
 from bitfold.runtime.cache_layers import PackedLayer, PackedSlidingLayer
 from bitfold.runtime.packed_heads import Coding, can_pack
 from bitfold.runtime.taken_over import compressed_heads, take_over
@@ -189,9 +189,9 @@ def _codings_of_artifact(model: PreTrainedModel) -> dict[int, tuple[Coding, Codi
     return found
 
 
-def _turns(model: PreTrainedModel) -> dict[int, Callable[[Tensor], Tensor] | None]:
+def _turns(model: PreTrainedModel) -> dict[int, HeadMap | None]:
     """The map of queries and keys of every attention of bitfold's, by the number of its layer."""
-    found: dict[int, Callable[[Tensor], Tensor] | None] = {}
+    found: dict[int, HeadMap | None] = {}
     for module in model.modules():
         if head_quantizers(module) is not None:
             index: Any = module.layer_idx
@@ -220,13 +220,14 @@ def _coding(quantizers: HeadQuantizers, name: HeadName, module: nn.Module) -> Co
 def _packed(
     layer: Any,
     codings: tuple[Coding, Coding] | None,
-    turn: Callable[[Tensor], Tensor] | None,
+    turn: HeadMap | None,
 ) -> Any:
     """The packed layer in place of an ordinary one of transformers, or that one."""
     if codings is None:
         return layer
+    turned = None if turn is None else partial(turn, "key")
     if type(layer) is DynamicLayer:
-        return PackedLayer(*codings, turn)
+        return PackedLayer(*codings, turned)
     if type(layer) is DynamicSlidingWindowLayer:
-        return PackedSlidingLayer(*codings, layer.sliding_window, turn)
+        return PackedSlidingLayer(*codings, layer.sliding_window, turned)
     return layer

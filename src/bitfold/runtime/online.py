@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from bitfold.models.family import ONLINE
-from bitfold.numerics import MapShape, apply_map
-from bitfold.runtime.attention import set_head_map
+from bitfold.numerics import MapShape, apply_map, for_queries, turn_heads
+from bitfold.runtime.attention import HeadMap, HeadName, set_head_map
 
 __all__ = ["OnlineMap", "attach", "running_online", "runs_on_heads"]
 
@@ -20,7 +20,9 @@ _MARK = f".{ONLINE}."
 
 
 class OnlineMap(nn.Module):
-    """A linear map on rows x [..., n], as `apply_map` takes it."""
+    """A linear map on rows x [..., n], as `apply_map` takes it; or on queries and keys, as `turn_heads` does."""
+
+    _for_queries: tuple[object, Tensor] | None = None
 
     def __init__(
         self,
@@ -36,7 +38,23 @@ class OnlineMap(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., n], the same shape as x."""
-        return apply_map(x, dict(self.named_parameters()))
+        return apply_map(x, self._tensors())
+
+    def turn_heads(self, name: HeadName, x: Tensor) -> Tensor:
+        """Queries or keys [batch, heads, tokens, head_dim], the same shape as x."""
+        tensors = self._tensors()
+        if name != "query" or "keys" not in tensors:
+            return turn_heads(name, x, tensors)
+        # An inverse takes longer than a token: it is made anew only where the matrix is another.
+        keys = tensors["keys"]
+        state = (keys.data_ptr(), keys._version, keys.dtype, keys.device)
+        if self._for_queries is None or self._for_queries[0] != state:
+            self._for_queries = (state, for_queries(keys))
+        return turn_heads(name, x, tensors, self._for_queries[1])
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Detached: what PyTorch makes of a product, to the last bit, depends on whether it keeps a graph."""
+        return {name: value.detach() for name, value in self.named_parameters()}
 
 
 def attach(module: nn.Module, online: nn.Module) -> None:
@@ -47,7 +65,7 @@ def attach(module: nn.Module, online: nn.Module) -> None:
     elif _is_norm(module):
         module.register_forward_hook(_through_child)
     else:
-        set_head_map(module, _child)
+        set_head_map(module, _turns_heads)
 
 
 @contextmanager
@@ -97,6 +115,12 @@ def _child(module: nn.Module) -> nn.Module:
     return module.get_submodule(ONLINE)
 
 
+def _turns_heads(module: nn.Module) -> HeadMap:
+    child = _child(module)
+    assert isinstance(child, OnlineMap)
+    return child.turn_heads
+
+
 def _through_child(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
     result: Tensor = _child(module)(output)
     return result
@@ -106,8 +130,8 @@ def _through_child_before(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[
     return (_child(module)(args[0]), *args[1:])
 
 
-def _on_heads(tensors: Mapping[str, Tensor]) -> Callable[[nn.Module], Callable[[Tensor], Tensor]]:
-    return lambda attention: lambda x: apply_map(x, tensors)
+def _on_heads(tensors: Mapping[str, Tensor]) -> Callable[[nn.Module], HeadMap]:
+    return lambda attention: lambda name, x: turn_heads(name, x, tensors)
 
 
 def _behind(tensors: Mapping[str, Tensor]) -> Callable[..., Tensor]:

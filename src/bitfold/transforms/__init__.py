@@ -9,6 +9,7 @@ from bitfold.transforms.affine import Affine
 from bitfold.transforms.awq import Awq
 from bitfold.transforms.block_transform import BlockTransform
 from bitfold.transforms.groups import Heads, Transform, fold
+from bitfold.transforms.keys import Keys
 from bitfold.transforms.kronecker import Kronecker
 from bitfold.transforms.reorder import Reorder
 from bitfold.transforms.rotation import Rotation
@@ -33,6 +34,7 @@ TRANSFORMS: dict[str, type[SiteTransform | BlockTransform | StreamTransform]] = 
     "awq": Awq,
     "wush": Wush,
     "kronecker": Kronecker,
+    "keys": Keys,
     "affine": Affine,
     "reorder": Reorder,
 }

@@ -27,6 +27,7 @@ from bitfold.transforms.block_transform import (
     Terms,
 )
 from bitfold.transforms.groups import Heads, Transform, fold
+from bitfold.transforms.keys import head_matrices, quantizes_keys
 from bitfold.transforms.kronecker import factors_of
 from bitfold.transforms.learned import Learned, MaskSettings, learned_at
 from bitfold.transforms.outputs import restored
@@ -46,7 +47,8 @@ class Affine(BlockTransform):
     matrices: `full` per head where the group has them, or `diagonal` (OmniQuant). clipping, shifts: learn them.
     norms: `folded`, a diagonal behind each norm, which costs nothing; or `online`, a full matrix as in the paper's
     weight-only setting, whose inverse stays there and runs.
-    kronecker: learn Kronecker products before all linear layers, which run, in place of what folds there (FlatQuant).
+    kronecker: learn Kronecker products before all linear layers, and matrices on keys that are quantized, which run, in
+    place of what folds there (FlatQuant).
     alpha: stability factor of the off-diagonal entries. gradual: open the mask epoch by epoch.
     dominance: keep the matrices diagonally dominant by at least `margin`, or leave them (`off`).
     scope: of the loss: the `block`'s output, or each `linear` layer's own.
@@ -87,7 +89,9 @@ class Affine(BlockTransform):
 
     def online_map(self, site: Site, width: int, heads: Heads) -> MapShape | None:
         """See `BlockTransform.online_map`."""
-        if self.kronecker and not isinstance(site, QueryKey):
+        if self.kronecker and isinstance(site, QueryKey):
+            return head_matrices(site, heads)
+        if self.kronecker:
             return MapShape("kronecker", factors_of(width))
         behind_norm = self.norms == "online" and isinstance(site, NormSite)
         return MapShape("blocks", (1, width)) if behind_norm else None
@@ -108,6 +112,10 @@ class Affine(BlockTransform):
                 shifts=self.shifts,
                 online=self.norms == "online",
                 kronecker=self.kronecker,
+                keys=self.kronecker
+                and isinstance(site, QueryKey)
+                and head_matrices(site, problem.heads) is not None
+                and quantizes_keys(site, problem.schemes),
             )
             for site in problem.sites
         ]

@@ -24,7 +24,7 @@ from bitfold.transforms.groups import (
     Weights,
 )
 from bitfold.transforms.kronecker import factors_of
-from bitfold.transforms.online import OnlineKronecker
+from bitfold.transforms.online import OnlineHeads, OnlineKronecker
 
 __all__ = ["Learned", "MaskSettings", "learned_at"]
 
@@ -161,6 +161,23 @@ class _Matrix(Learned):
         }
 
 
+class _Keys(Learned):
+    """A matrix for every KV head on keys, which runs; parametrised as a factor of `_Kronecker` is."""
+
+    def __init__(self, site: QueryKey, heads: Heads, like: Tensor) -> None:
+        self._site = site
+        shapes = ((heads.keys, heads.size, heads.size), (heads.keys, heads.size))
+        self.scales = [like.new_zeros(shapes[i]).requires_grad_() for i in (0, 1, 0)]
+        self.shifts = []
+
+    def transform(self) -> OnlineHeads:
+        return OnlineHeads(self._site, _by_singular_values(*self.scales)[0])
+
+    def report(self) -> dict[str, float]:
+        logs = self.scales[1].detach()
+        return {"condition": float((logs.amax(dim=-1) - logs.amin(dim=-1)).max().exp())}
+
+
 class _Kronecker(Learned):
     """A Kronecker product that runs, as FlatQuant has it: each factor Q₁ diag(eᵗ) Q₂ᵀ with Cayley's orthogonal
     Q = (I − S)(I + S)⁻¹, S = P − Pᵀ, whose inverse takes no inverting."""
@@ -187,14 +204,14 @@ class _Kronecker(Learned):
 
 
 def _by_singular_values(first: Tensor, logs: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """A matrix and its inverse."""
-    before, after = _cayley(first), _cayley(second)
-    return (before * logs.exp()) @ after.T, (after * (-logs).exp()) @ before.T
+    """A matrix and its inverse, or as many as there are."""
+    before, after, sizes = _cayley(first), _cayley(second), logs.exp().unsqueeze(-2)
+    return (before * sizes) @ after.mT, (after / sizes) @ before.mT
 
 
 def _cayley(parameters: Tensor) -> Tensor:
-    skew = parameters - parameters.T
-    eye = torch.eye(len(skew), dtype=skew.dtype, device=skew.device)
+    skew = parameters - parameters.mT
+    eye = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
     return torch.linalg.solve(eye + skew, eye - skew)
 
 
@@ -208,17 +225,21 @@ def learned_at(
     shifts: bool,
     online: bool = False,
     kronecker: bool = False,
+    keys: bool = False,
 ) -> Learned | None:
     """The parameters for a site, or None where nothing of the kind can stand.
 
     weights: float32 or float64, the precision of what is learned. full: matrices per head where the group has them,
     else diagonals. shifts: where biases can carry one. online: a full matrix behind a norm, which then runs.
     kronecker: a Kronecker product before all linear layers, which runs, and nothing that folds there.
+    keys: a matrix for every KV head on queries and keys, which runs.
     """
     like = next(iter(weights.values()))
     if kronecker and not isinstance(site, QueryKey):
         width = weights[f"{site.readers[0]}.weight"].shape[1]
         return _Kronecker(site, factors_of(width), like)
+    if keys and isinstance(site, QueryKey):
+        return _Keys(site, heads, like)
     if isinstance(site, NormSite):
         carried = shifts and _have_bias(weights, site.norm, *site.readers)
         width = weights[f"{site.norm}.weight"].numel()

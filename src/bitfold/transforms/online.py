@@ -1,8 +1,8 @@
-"""What stands at a site and runs, since nothing absorbs it: a Hadamard matrix or a Kronecker product.
+"""What stands at a site and runs, since nothing absorbs it: a Hadamard matrix, a Kronecker product, matrices of heads.
 
-Both may stand wherever a linear layer reads something (behind a norm, before o_proj, before down_proj or fc2): the
-readers take the inverse. A Hadamard matrix may also stand on queries and keys behind the rotary embedding, where q · k
-undoes it.
+The first two may stand wherever a linear layer reads something (behind a norm, before o_proj, before down_proj or fc2):
+the readers take the inverse. A Hadamard matrix may also stand on queries and keys behind the rotary embedding, where
+q · k undoes it; and a matrix for every KV head only there.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from bitfold.numerics import apply_map
 from bitfold.transforms.groups import Heads, Transform
 from bitfold.transforms.norms import Weights
 
-__all__ = ["OnlineHadamard", "OnlineKronecker"]
+__all__ = ["OnlineHadamard", "OnlineHeads", "OnlineKronecker"]
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,36 @@ class OnlineKronecker(Transform):
             weight = weights[f"{reader}.weight"]
             folded[f"{reader}.weight"] = apply_map(weight.to(self.left.dtype), read_back).to(weight)
         return folded
+
+
+@dataclass(frozen=True)
+class OnlineHeads(Transform):
+    """k' = k M and q' = q M⁻ᵀ behind the rotary embedding and norms of heads, M [KV heads, H, H] invertible.
+
+    Multiplied with what runs there already of its kind.
+    """
+
+    site: QueryKey
+    keys: Tensor
+
+    @property
+    def matrix(self) -> Tensor:
+        return self.keys
+
+    @property
+    def inverse(self) -> Tensor:
+        return _inverse(self.keys)
+
+    def fold(
+        self, weights: Weights, heads: Heads, storage: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        stored = f"{self.site.runs_at}.{ONLINE}.keys"
+        like = next(iter(weights.values()))
+        before = weights.get(stored)
+        after = self.keys if before is None else before.to(self.keys) @ self.keys
+        if storage is not None:
+            after = after.to(storage)  # q takes the inverse of what is stored
+        return dict(weights) | {stored: after.to(like.dtype)}
 
 
 def _inverse(matrix: Tensor) -> Tensor:

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["BasesProblem", "LearnedBases", "cayley_step", "learn_bases", "tangent"]
+__all__ = ["CHECKS", "BasesProblem", "LearnedBases", "cayley_step", "learn_bases", "tangent"]
 
-# So often is the state looked at on the windows that are held back.
-_CHECKS = 4
+CHECKS = 4
+"""So often is the state looked at on the windows that are held back, beside the first."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def learn_bases(problem: BasesProblem, steps: int, batch: int, angle: float) -> 
             skew = tangent(basis.detach(), gradient, problem.keeps_ones and place == 0)
             basis.data.copy_(cayley_step(basis.detach(), skew, angle * share))
         problem.report(step, steps, "learning rotations")
-        if step % math.ceil(steps / _CHECKS) and step != steps:
+        if step % math.ceil(steps / CHECKS) and step != steps:
             continue
         now = problem.loss(problem.check)
         if now < best_loss:
