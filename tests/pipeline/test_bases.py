@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import bitfold
 from bitfold.errors import DataError
@@ -19,6 +20,7 @@ from bitfold.pipeline.bases import Turning
 from bitfold.pipeline.estimate import Estimate
 from bitfold.pipeline.hooks import quantizing
 from bitfold.pipeline.job import Job, prepare
+from bitfold.pipeline.rewrite import rewrite_block
 from bitfold.pipeline.turned import TurnedSkeleton
 from bitfold.recipe import Recipe
 from bitfold.transforms import fold
@@ -41,7 +43,12 @@ def ids(tmp_path: Path) -> Path:
 
 
 def turning_of(
-    model: Path, scheme: str, ids: Path, *settings: str, method: str = "rotation"
+    model: Path,
+    scheme: str,
+    ids: Path,
+    *settings: str,
+    method: str = "rotation",
+    dtype: str = "float64",
 ) -> tuple[Job, Turning]:
     parts = ("rotation.heads=true", "rotation.steps=2")
     job = prepare(
@@ -52,7 +59,7 @@ def turning_of(
         samples=2,
         sequence_length=None,
         device="cpu",
-        dtype=F64,
+        dtype=dtype,
     )
     rotation = job.plan.recipe.stream_transform
     assert isinstance(rotation, Rotation)
@@ -177,7 +184,101 @@ def quantize(model: Path, out: Path, ids: Path, **more: Any) -> bitfold.Quantiza
     return result
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "opt"])
+def test_diagonals_of_two_parts_are_those_of_the_loop_over_blocks(
+    checkpoint: Zoo, ids: Path
+) -> None:
+    """Each part is fitted to what the one before left."""
+    model = checkpoint("llama", F64)
+    _, turning = turning_of(model, "w4a4", ids, method="rotation+smoothquant+awq")
+    job = prepare(
+        str(model),
+        ids.parent / "out",
+        Recipe.make("smoothquant+awq", "w4a4"),
+        calibration=[ids],
+        samples=2,
+        sequence_length=None,
+        device="cpu",
+        dtype=F64,
+    )
+    schemes = job.plan.block_schemes(job.skeleton.block_name(0))
+    with torch.no_grad():
+        plain, streams = job.skeleton.load_block(0, F64), job.start_streams()
+        found = rewrite_block(job.skeleton, 0, job.plan, schemes, streams, plain, lambda *_: None)
+    name = "mlp.down_proj.weight"
+    ratio = (found.weights[name] / plain[name])[0]
+    assert ratio.log().std() > 0.05
+    torch.testing.assert_close((turning._block(0)[name] / plain[name])[0], ratio, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("method", "scheme"),
+    [("rotation+flat", "w4a4kv4"), ("rotation+flat", "w4a4"), ("spinquant+awq", "w4a4")],
+)
+def test_rotations_are_learned_before_other_methods(
+    method: str, scheme: str, checkpoint: Zoo, ids: Path, tmp_path: Path
+) -> None:
+    settings = ["rotation.steps=2"] + (["affine.epochs=0"] if "flat" in method else [])
+    model = checkpoint("llama", torch.float32)
+    result = quantize(model, tmp_path / "out", ids, method=method, scheme=scheme, set=settings)
+    assert result.rotation is not None
+    assert bitfold.verify(tmp_path / "out").difference == 0
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_a_run_in_half_precision_learns(
+    stored: torch.dtype, checkpoint: Zoo, ids: Path, tmp_path: Path
+) -> None:
+    result = quantize(checkpoint("llama", stored), tmp_path / "out", ids, dtype="bfloat16")
+    assert result.rotation is not None
+    assert result.rotation["before"] > 0
+    assert bitfold.verify(tmp_path / "out").difference < 0.1
+
+
+def test_bfloat16_products_where_they_are_quick(
+    checkpoint: Zoo, ids: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And only where they change the first loss little."""
+    monkeypatch.setattr(learning, "has_fast_bfloat16", lambda device: True)
+    for allowed, low in ((1e9, True), (0.0, False)):
+        monkeypatch.setattr(learning, "_LARGEST_CHANGE", allowed)
+        _, turning = turning_of(checkpoint("llama", torch.float32), "w4a4", ids, dtype="float32")
+        exact = turning.loss(WINDOWS)
+        assert turning.gradient(WINDOWS) == pytest.approx(exact, rel=0.2 if low else 1e-5)
+        assert turning._low == low
+
+
+def test_a_stream_that_takes_no_rotation_learns_none(
+    checkpoint: Zoo, ids: Path, tmp_path: Path
+) -> None:
+    settings = ["rotation.steps=2", "rotation.where_possible=true"]
+    result = quantize(checkpoint("gemma3", torch.float32), tmp_path / "out", ids, set=settings)
+    assert result.rotation is None
+    assert any("rotations are not learned" in note for note in result.notes)
+    # That of heads is the one it would have without learning.
+    settings[0] = "rotation.steps=0"
+    quantize(checkpoint("gemma3", torch.float32), tmp_path / "plain", ids, set=settings)
+    shards = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert shards
+    for file in shards:
+        assert file.read_bytes() == (tmp_path / "plain" / file.name).read_bytes()
+
+
+def test_a_width_without_a_hadamard_matrix_is_learned_and_recorded(
+    ids: Path, tmp_path: Path
+) -> None:
+    """92: its random rotation comes from a factorization, whose tensors lie column by column."""
+    config = LlamaConfig(
+        **{"vocab_size": 96, "hidden_size": 92, "num_hidden_layers": 2, "intermediate_size": 96},
+        **{"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 46},
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    settings = ["rotation.steps=2", "rotation.online=false", "activation.clipped=false"]
+    result = quantize(tmp_path / "model", tmp_path / "out", ids, set=settings)
+    assert result.rotation is not None
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "opt"])
 def test_an_artifact_computes_what_was_simulated(
     family: str, checkpoint: Zoo, ids: Path, tmp_path: Path
 ) -> None:

@@ -75,6 +75,13 @@ def test_matrices_of_heads_are_inverted_only_when_they_are_others(
     with torch.no_grad():
         keys.mul_(2)
     assert torch.allclose(online.turn_heads("query", query), first / 2, atol=1e-5)
+    with torch.inference_mode():
+        assert torch.allclose(online.turn_heads("query", query), first / 2, atol=1e-5)
+        other = OnlineMap(MapShape("heads", (2, 8)))  # made there: its tensors count no versions
+        other.get_parameter("keys").copy_(keys)
+        assert torch.allclose(other.turn_heads("query", query), first / 2, atol=1e-5)
+    made.clear()
+    made.extend([1, 1])
     online.double()
     assert online.turn_heads("query", query.double()).dtype == torch.float64
     assert made == [1, 1, 1]

@@ -252,9 +252,10 @@ def test_queries_and_keys_meet_behind_matrices_of_heads(
 
     assert make({}).defect() < SAME
     assert case.change(make, storage) < SAME
-    first = {f"{site.runs_at}.online.keys": torch.eye(case.heads.size).double() * 2, "w": _signs(1)}
-    both = make({}).fold(first, case.heads)[f"{site.runs_at}.online.keys"]
-    assert both.shape == (case.heads.keys, case.heads.size, case.heads.size)
+    one, two = (_matrices(case.heads.keys, case.heads.size)[0] for _ in range(2))
+    name = f"{site.runs_at}.online.keys"
+    both = OnlineHeads(site, two).fold({name: one}, case.heads)[name]
+    assert torch.allclose(both, one @ two, atol=1e-12)
 
 
 def test_a_kronecker_product_runs_before_any_reader(case: _Case) -> None:

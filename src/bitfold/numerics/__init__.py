@@ -5,7 +5,7 @@ from bitfold.numerics.clusters import channel_clusters, over_clusters
 from bitfold.numerics.codebook import CodebookShape, entries_of, quantize_values
 from bitfold.numerics.fp4 import global_scale, scale_dtype_of
 from bitfold.numerics.hadamard import hadamard_matrix, hadamard_size
-from bitfold.numerics.maps import MapShape, apply_map, for_queries, turn_heads
+from bitfold.numerics.maps import MapShape, aligned, apply_map, for_queries, turn_heads
 from bitfold.numerics.packing import pack, packed_width, unpack
 from bitfold.numerics.quantize import (
     dequantize,
@@ -27,6 +27,7 @@ __all__ = [
     "QuantizedTensor",
     "Scheme",
     "TensorScheme",
+    "aligned",
     "apply_map",
     "blocks_product",
     "channel_clusters",

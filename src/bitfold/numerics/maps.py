@@ -21,7 +21,7 @@ from torch import Tensor
 from bitfold.numerics.blocks import linear_blocks
 from bitfold.numerics.hadamard import hadamard_additions, hadamard_transform
 
-__all__ = ["MapKind", "MapShape", "apply_map", "for_queries", "turn_heads"]
+__all__ = ["MapKind", "MapShape", "aligned", "apply_map", "for_queries", "turn_heads"]
 
 MapKind = Literal["blocks", "hadamard", "kronecker", "heads"]
 
@@ -80,12 +80,12 @@ class MapShape:
 def apply_map(x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
     """Rows x [..., n] through the map of these tensors, in x's dtype and shape."""
     if "weight" in tensors:
-        return linear_blocks(x, _aligned(tensors["weight"]))
+        return linear_blocks(x, aligned(tensors["weight"]))
     if "signs" in tensors:
         signs = tensors["signs"]
         signed = x.unflatten(-1, signs.shape) * signs.to(x.dtype)
         return hadamard_transform(signed).flatten(-3)
-    left, right = _aligned(tensors["left"]), _aligned(tensors["right"])
+    left, right = aligned(tensors["left"]), aligned(tensors["right"])
     pieces = x.unflatten(-1, (left.shape[0], right.shape[0]))
     return (left.T @ (pieces @ right)).flatten(-2)
 
@@ -103,10 +103,13 @@ def turn_heads(
     if "keys" not in tensors:
         return apply_map(x, tensors)
     if name == "key":
-        return x @ _aligned(tensors["keys"]).to(x.dtype)
+        return x @ aligned(tensors["keys"]).to(x.dtype)
     turned = for_queries(tensors["keys"]) if queries is None else queries
-    shared = x.shape[1] // turned.shape[0]
-    return x @ turned.to(x.dtype).repeat_interleave(shared, dim=0)
+    by_key = x.unflatten(
+        1, (turned.shape[0], -1)
+    )  # query heads that share a KV head are more rows of it
+    rows = by_key.flatten(2, 3) @ turned.to(x.dtype)
+    return rows.view(by_key.shape).flatten(1, 2)
 
 
 def for_queries(keys: Tensor) -> Tensor:
@@ -115,7 +118,7 @@ def for_queries(keys: Tensor) -> Tensor:
     return torch.linalg.inv(precise).transpose(1, 2).contiguous()
 
 
-def _aligned(tensor: Tensor) -> Tensor:
+def aligned(tensor: Tensor) -> Tensor:
     """The same numbers as a loader should have them, row by row, at an address such as PyTorch allocates: on a CPU the
     last bits of a product depend on both. What is read from a file lies anywhere; what was solved for may be a view."""
     if tensor.data_ptr() % _ALIGNMENT:

@@ -33,12 +33,14 @@ def gradient_through(
     blocks: int,
     given: Tensor,
     run: Callable[[int, Tensor], "BlockRun"],
+    forward: Callable[[int, Tensor], Tensor],
     head: Callable[[Tensor], tuple[float, Tensor]],
 ) -> tuple[float, Tensor]:
     """A loss, and its gradient with respect to what the first block is given [windows, length, hidden].
 
-    run(index, hidden): a block, with its graph; adds to its own gradients when it is taken back. head(hidden): the loss
-    of what the last block gave, and the gradient with respect to it.
+    run(index, hidden): a block, with its graph; adds to its own gradients when it is taken back. forward(index,
+    hidden): the same without a graph. head(hidden): the loss of what the last block gave, and the gradient with respect
+    to it.
     """
     hidden = given
     if may_keep_graphs(blocks, given.shape[:2].numel(), given.shape[-1]):
@@ -53,7 +55,8 @@ def gradient_through(
     states = []
     for index in range(blocks):
         states.append(hidden)
-        hidden = run(index, hidden).output
+        with torch.no_grad():
+            hidden = forward(index, hidden)
     total, backward = head(hidden)
     for index in reversed(range(blocks)):
         backward = run(index, states.pop()).take_back(backward)

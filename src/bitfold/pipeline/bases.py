@@ -5,6 +5,7 @@ the gradient with respect to the turned weights goes on to the rotations. Embedd
 embeddings give is, and what the last block gives is turned back.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
@@ -20,18 +21,17 @@ from bitfold.models.family import FcPair, UpDown, ValueOutput
 from bitfold.models.skeleton import Skeleton
 from bitfold.numerics import Scheme
 from bitfold.numerics.straight_through import fake_quantize_trainable
-from bitfold.part import Need
 from bitfold.pipeline.backward import BlockRun, HeadLoss, gradient_through, leaves
 from bitfold.pipeline.job import Job
-from bitfold.pipeline.measure import input_statistics
 from bitfold.pipeline.plan import Plan
 from bitfold.pipeline.problem import quantizing_trainably
-from bitfold.pipeline.streams import TOKENS_PER_BATCH, Streams, advance
+from bitfold.pipeline.rewrite import Rewritten, fold_sites
+from bitfold.pipeline.streams import Streams, advance, batches, embedded
 from bitfold.pipeline.turned import Bases, TurnedSkeleton, turned_block
 from bitfold.pipeline.workdir import Workdir
 from bitfold.runtime.device import has_fast_bfloat16
 from bitfold.transforms import SiteTransform, fold
-from bitfold.transforms.groups import Diagonal
+from bitfold.transforms.groups import Transform
 from bitfold.transforms.rotation import Rotation
 from bitfold.transforms.spinquant import BasesProblem, LearnedBases, learn_bases
 
@@ -40,6 +40,8 @@ __all__ = ["Turning", "learned_bases", "take_bases"]
 Report = Callable[[int, int, str], None]
 
 _STREAM = "stream"
+# What bfloat16 may change the first loss by, in share.
+_LARGEST_CHANGE = 0.1
 # Weights of blocks that are kept between steps instead of being read again: the same however deep the model is.
 _KEPT = 2**28
 
@@ -56,101 +58,129 @@ class Turning:
         self._job, self._rotation, self._tokens = job, rotation, job.stream_tokens
         self._plain = Skeleton(skeleton.checkpoint, skeleton.device)
         self._outer = self._plain.load_outer(job.dtype)
+        # Turning is exact to float32 at least, whatever the model runs in: it must not be what is learned from.
+        self._exact = torch.float64 if job.dtype == torch.float64 else torch.float32
         self._rounds_weights = rotation.rounds_weights or not _rounds_activations(job.plan)
+        self._low: bool | None = None
         self._kept: dict[int, dict[str, Tensor]] = {}
+        self._kept_weights = 0
         self.stream = skeleton.bases.stream.clone().requires_grad_()
         site = next((site for site in job.plan.sites if isinstance(site, ValueOutput)), None)
         self.heads = []
         if rotation.heads and site is not None:
             start = rotation.head_matrices(site, job.plan.heads).to(self.stream)
             self.heads = [start.clone().requires_grad_() for _ in skeleton.blocks]
-        self._balances: list[list[Diagonal]] = []
-        original = self._balanced(self._embedded(torch.arange(len(self._tokens))))
+        self._balances: list[list[Transform]] = []
+        original = self._balanced(embedded(self._plain, self._outer, self._tokens))
         self._head = HeadLoss(self._plain, self._outer, original, job.dtype)
 
     @torch.no_grad()
     def loss(self, windows: Tensor) -> float:
         """Mean KL(original ‖ quantized) in nats per token on calibration windows of these indices."""
-        total, length = 0.0, self._tokens.shape[1]
-        for part in windows.split(max(1, TOKENS_PER_BATCH // length)):
-            hidden = self._embedded(part) @ self._turn
-            for index in range(len(self._plain.blocks)):
-                hidden = self._run(index, self._weights(index), hidden)
-            total += self._head.value(self._outer, hidden @ self._turn.T, part)
-        return total / (len(windows) * length)
+        hidden = self._begin(windows)
+        for index in range(len(self._plain.blocks)):
+            hidden = self._run(index, hidden)
+        total = self._head.value(self._outer, self._end(hidden), windows)
+        return total / (len(windows) * self._tokens.shape[1])
 
     def gradient(self, windows: Tensor) -> float:
-        """The same; its gradient is added to that of every basis. Products in bfloat16 where they are quick."""
+        """The same; its gradient is added to that of every basis. Products in bfloat16 where they are quick, and change
+        the first loss by less than a tenth."""
+        if self._low is None:
+            self._low = self._may_be_low(windows)
         with torch.enable_grad():
-            given = self._embedded(windows) @ self._turn
-        device = self._plain.device
-        low = self._job.dtype != torch.float64 and has_fast_bfloat16(device)
+            given = self._begin(windows)
         count = len(windows) * self._tokens.shape[1]
-        with torch.autocast(device.type, torch.bfloat16, enabled=low):
+        with torch.autocast(self._plain.device.type, torch.bfloat16, enabled=self._low):
             total, backward = gradient_through(
                 len(self._plain.blocks),
                 given.detach(),
                 self._run_with_graph,
+                self._run,
                 lambda hidden: self._head_gradient(hidden, windows, count),
             )
         given.backward(backward)
         return total / count
 
+    def _may_be_low(self, windows: Tensor) -> bool:
+        device = self._plain.device
+        if self._job.dtype == torch.float64 or not has_fast_bfloat16(device):
+            return False
+        exact = self.loss(windows)
+        with torch.autocast(device.type, torch.bfloat16):
+            low = self.loss(windows)
+        return abs(low - exact) <= _LARGEST_CHANGE * exact
+
     def _head_gradient(self, hidden: Tensor, windows: Tensor, count: int) -> tuple[float, Tensor]:
         """The summed KL of what the last block gave, in the stream's basis; and the gradient of the mean."""
         with torch.enable_grad():
             turned = hidden.requires_grad_()
-            plain = turned @ self._turn.T
+            plain = self._end(turned)
         total, backward = self._head.gradient(self._outer, plain.detach(), windows)
         plain.backward(backward / count)
         assert turned.grad is not None
         return total, turned.grad
 
+    def _begin(self, windows: Tensor) -> Tensor:
+        """What the first block is given, on the CPU, differentiable in R."""
+        return self._times(embedded(self._plain, self._outer, self._tokens[windows]), self.stream)
+
+    def _end(self, hidden: Tensor) -> Tensor:
+        """What the last block gave, in the original's basis."""
+        return self._times(hidden, self.stream.T)
+
+    def _times(self, hidden: Tensor, matrix: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            turned = hidden.to(self._exact) @ matrix.to("cpu", self._exact)
+        return turned.to(self._job.dtype)
+
+    # -- blocks ------------------------------------------------------------------------------------
+
     def _run_with_graph(self, index: int, given: Tensor) -> BlockRun:
         with torch.enable_grad():
             weights, gather = leaves(self._weights(index))
-        return BlockRun(partial(self._run, index, weights), given, gather)
+        return BlockRun(partial(self._run_piece, index, weights), given, gather)
 
-    def _run(self, index: int, weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+    @torch.no_grad()
+    def _run(self, index: int, hidden: Tensor) -> Tensor:
+        weights = self._weights(index)
+        return torch.cat([self._run_piece(index, weights, part) for part in batches(hidden)])
+
+    def _run_piece(self, index: int, weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
         """Block `index`, its layers' inputs, queries, keys and values quantized."""
         with quantizing_trainably(self._plain, index, self._job.plan):
             hidden = hidden.to(self._plain.device, self._job.dtype)
             return self._plain.run(index, weights, hidden).cpu()
 
-    # -- weights -----------------------------------------------------------------------------------
-
-    @property
-    def _turn(self) -> Tensor:
-        """R in the dtype that the model runs in, on the CPU as hidden states are."""
-        return self.stream.to("cpu", self._job.dtype)
-
     def _weights(self, index: int) -> dict[str, Tensor]:
         """The block's weights in the present bases, differentiable in them, with the maps that run."""
-        plan, dtype = self._job.plan, self._job.dtype
-        bases = Bases(self.stream.to(dtype), [one.to(dtype) for one in self.heads])
-        weights = turned_block(self._block(index), index, bases, self._plain)
-        prefix = self._plain.block_name(index)
-        maps = plan.block_maps(prefix)
-        for site in plan.sites:
-            if site.runs_at in maps:
-                running = self._rotation.running(site, maps[site.runs_at], bases.stream)
-                weights = weights if running is None else fold(weights, running, plan.heads)
-        for name, scheme in plan.block_schemes(prefix).items():
-            if self._rounds_weights and scheme.weight is not None:
-                key = f"{name}.weight"
-                weights[key] = fake_quantize_trainable(weights[key], scheme.weight)
-        return weights
+        plan = self._job.plan
+        with torch.autocast(self._plain.device.type, enabled=False):
+            bases = Bases(self.stream.to(self._exact), [one.to(self._exact) for one in self.heads])
+            weights = turned_block(self._block(index), index, bases, self._plain)
+            prefix = self._plain.block_name(index)
+            maps = plan.block_maps(prefix)
+            for site in plan.sites:
+                if site.runs_at in maps:
+                    running = self._rotation.running(site, maps[site.runs_at], bases.stream)
+                    weights = weights if running is None else fold(weights, running, plan.heads)
+            for name, scheme in plan.block_schemes(prefix).items():
+                if self._rounds_weights and scheme.weight is not None:
+                    key = f"{name}.weight"
+                    weights[key] = fake_quantize_trainable(weights[key], scheme.weight)
+        return {name: value.to(self._job.dtype) for name, value in weights.items()}
 
     def _block(self, index: int) -> dict[str, Tensor]:
         """The checkpoint's weights of a block, balanced."""
         if index in self._kept:
             return self._kept[index]
-        weights = self._plain.load_block(index, self._job.dtype)
+        weights = self._plain.load_block(index, self._exact)
         for diagonal in self._balances[index]:
             weights = fold(weights, diagonal, self._job.plan.heads)
         count = sum(value.numel() for value in weights.values())
-        if count * len(self._plain.blocks) <= _KEPT:
+        if self._kept_weights + count <= _KEPT:
             self._kept[index] = weights
+            self._kept_weights += count
         return weights
 
     @torch.no_grad()
@@ -162,29 +192,16 @@ class Turning:
         """
         plan, skeleton = self._job.plan, self._plain
         inner = [site for site in plan.sites if isinstance(site, UpDown | FcPair)]
-        parts = [p for p in plan.recipe.transforms[1:] if isinstance(p, SiteTransform)]
-        needs = frozenset[Need]().union(*(part.needs for part in parts)) - {"cross"}
-        names = tuple(skeleton.family.measured_at(site) for site in inner)
+        parts = [p for p in plan.recipe.transforms if isinstance(p, SiteTransform) and p.balances]
         streams = Streams(hidden[:1], hidden[:1], original=hidden, quantized=hidden)
         for index in range(len(skeleton.blocks)):
             weights = skeleton.load_block(index, self._job.dtype)
-            found = input_statistics(skeleton, index, plan, weights, streams, needs, names=names)
-            schemes = plan.block_schemes(skeleton.block_name(index))
-            fits = [
-                part.fit(
-                    site, weights, found[skeleton.family.measured_at(site)], schemes, plan.heads
-                )
-                for part in parts
-                for site in inner
-            ]
-            self._balances.append([fit for fit in fits if isinstance(fit, Diagonal)])
+            found = Rewritten(weights)
+            for part in parts:
+                fold_sites(part, skeleton, index, plan, streams, found, inner)
+            self._balances.append(found.transforms)
             advance(hidden, partial(skeleton.run, index, weights), skeleton.device)
         return hidden
-
-    def _embedded(self, windows: Tensor) -> Tensor:
-        tokens = self._tokens[windows].to(self._plain.device)
-        with torch.no_grad():
-            return self._plain.embed(self._outer, tokens).cpu()
 
 
 def take_bases(job: Job, workdir: Workdir, report: Report) -> None:
@@ -193,8 +210,7 @@ def take_bases(job: Job, workdir: Workdir, report: Report) -> None:
     skeleton, rotation = job.skeleton, job.plan.recipe.stream_transform
     if not (isinstance(rotation, Rotation) and rotation.steps):
         return
-    if not isinstance(skeleton, TurnedSkeleton):
-        return  # a stream that takes no rotation, where the recipe puts up with it
+    assert isinstance(skeleton, TurnedSkeleton)  # see `settled`
     bases = _recorded(workdir)
     if bases is None:
         workdir.restart()
@@ -202,6 +218,9 @@ def take_bases(job: Job, workdir: Workdir, report: Report) -> None:
         tensors = {_STREAM: bases.stream}
         tensors |= {f"heads.{index}": one for index, one in enumerate(bases.heads)}
         entry = asdict(found) | {"note": found.sentence, "sums": tensor_sums(tensors)}
+        # JSON has no numbers that are not finite.
+        finite = {key: entry[key] for key in ("before", "after") if math.isfinite(entry[key])}
+        entry |= {"before": None, "after": None} | finite
         workdir.finish_bases(entry, tensors)
     skeleton.turn(bases)
 

@@ -88,22 +88,25 @@ def _training(job: Job, streams: Streams) -> float:
     block = time.perf_counter() - start
     skeleton.head(outer, window).log_softmax(dim=-1)
     head = time.perf_counter() - start - block
-    learning, checking, steps = 0, 0, 0
+    seconds = 0.0
     if options is not None:
         learning, checking = options.passes(windows.shape[0])
+        seconds += _passes(learning, checking, blocks * block, head)
     if isinstance(rotation, Rotation):
-        steps = rotation.steps
-        learning, checking = (
-            learning + steps * rotation.batch,
-            checking + CHECKS * math.ceil(rotation.held_back * windows.shape[0]),
-        )
-    # A step of rotations turns every block's weights, and takes that back; windows go forward, once more with a graph,
-    # and twice that back; the head is run for the original too.
-    return (
-        2 * steps * blocks * turned
-        + learning * (4 * blocks * block + 4 * head)
-        + checking * (blocks * block + 2 * head)
-    )
+        checks = CHECKS + 1
+        held_back = math.ceil(rotation.held_back * windows.shape[0])
+        learning = rotation.steps * rotation.batch
+        seconds += _passes(learning, checks * held_back, blocks * block, head)
+        # All windows go through the original, once for statistics; a step turns weights forward, again, and back.
+        seconds += 2 * windows.shape[0] * blocks * block
+        seconds += (4 * rotation.steps + checks) * blocks * turned
+    return seconds
+
+
+def _passes(learning: int, checking: int, blocks: float, head: float) -> float:
+    """Seconds of so many windows: forward, and where they are learned from once more with a graph, and twice that back;
+    the head is run for the original too."""
+    return learning * 4 * (blocks + head) + checking * (blocks + 2 * head)
 
 
 def _trial(job: Job, streams: Streams, windows: int) -> float:

@@ -31,7 +31,7 @@ from bitfold.pipeline.streams import (
     PROBE_WINDOWS,
     Streams,
 )
-from bitfold.pipeline.turned import skeleton_for
+from bitfold.pipeline.turned import settled, skeleton_for
 from bitfold.recipe import Recipe
 from bitfold.runtime.checkpoint import find_checkpoint
 from bitfold.runtime.device import resolve_device, resolve_dtype
@@ -109,6 +109,7 @@ def prepare(
         raise OutputError(f"The output {out} is the model itself: choose another -o.")
     device = resolve_device(device)
     skeleton = skeleton_for(Checkpoint(source), recipe, device)
+    recipe, notes = settled(recipe, skeleton)
     plan = make_plan(skeleton, recipe)
     resolved = resolve_dtype(dtype, device)
     compute = plan.storage if resolved == "auto" else resolved
@@ -134,7 +135,7 @@ def prepare(
         probe=_probe_tokens(skeleton, data),
         dtype=compute,
         request=request_hash(skeleton.checkpoint, recipe, data, compute, device),
-        notes=plan.notes + (data.notes if data else ()),
+        notes=notes + plan.notes + (data.notes if data else ()),
     )
 
 

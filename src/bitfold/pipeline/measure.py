@@ -51,6 +51,9 @@ def input_statistics(
         return {}
     tokens = stream.shape[0] * stream.shape[1]
     names = names or tuple(shared[0] for shared in skeleton.family.inputs)
+    if "heads" in needs:  # the attention has run when what it gives is there
+        before, after = (shared[0] for shared in skeleton.family.inputs[:2])
+        names = tuple(dict.fromkeys((*names, before, after)))
     statistics = {name: InputStatistics(needs, tokens) for name in names}
     exact: dict[str, Tensor] = {}
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bitfold.errors import EquivalenceError
+from bitfold.models.family import Site
 from bitfold.models.skeleton import Skeleton
 from bitfold.numerics import Scheme
 from bitfold.pipeline.measure import input_statistics
@@ -19,7 +20,7 @@ from bitfold.transforms import BlockTransform, SiteTransform, fold
 from bitfold.transforms.block_transform import Clipping
 from bitfold.transforms.groups import Transform
 
-__all__ = ["Rewritten", "rewrite_block"]
+__all__ = ["Rewritten", "fold_sites", "rewrite_block"]
 
 # Relative change of a block's output by folding alone, above which it was no equivalence: float32 folds to
 # about 1e-6, a matrix outside the group to more than 1e-2.
@@ -55,7 +56,7 @@ def rewrite_block(
     result = Rewritten(dict(weights))
     for part in plan.recipe.transforms:
         if isinstance(part, SiteTransform):
-            _fold_sites(part, skeleton, index, plan, schemes, streams, result)
+            fold_sites(part, skeleton, index, plan, streams, result, plan.sites)
         elif isinstance(part, BlockTransform):
             _fold_block(part, skeleton, index, plan, streams, result, report)
     _put_running(skeleton, index, plan, result)
@@ -94,19 +95,27 @@ def _culprit(
     return "several sites together"
 
 
-def _fold_sites(
+def fold_sites(
     part: SiteTransform,
     skeleton: Skeleton,
     index: int,
     plan: Plan,
-    schemes: Mapping[str, Scheme],
     streams: Streams,
     result: Rewritten,
+    sites: Sequence[Site],
 ) -> None:
-    statistics = input_statistics(skeleton, index, plan, result.weights, streams, part.needs)
+    """Fit and fold a part at some sites of block `index`, on top of what `result` has."""
+    schemes = plan.block_schemes(skeleton.block_name(index))
+    sites = [site for site in sites if part.wants(site, schemes)]
+    if not sites:
+        return
+    names = tuple(dict.fromkeys(skeleton.family.measured_at(site) for site in sites))
+    statistics = input_statistics(
+        skeleton, index, plan, result.weights, streams, part.needs, names=names
+    )
     # Fitted and folded in the statistics' precision, float32 at least, whatever the block runs in.
     weights = {name: widened(value) for name, value in result.weights.items()}
-    for site in plan.sites:
+    for site in sites:
         of_input = statistics.get(skeleton.family.measured_at(site), InputStatistics(part.needs, 0))
         transform = part.fit(site, weights, of_input, schemes, plan.heads)
         if transform is not None:

@@ -20,7 +20,7 @@ from bitfold.pipeline.asked import resolve_recipe, several
 from bitfold.pipeline.job import read_calibration
 from bitfold.pipeline.plan import Plan, make_plan
 from bitfold.pipeline.trial import trial_rounder, trial_rounding
-from bitfold.pipeline.turned import skeleton_for
+from bitfold.pipeline.turned import settled, skeleton_for
 from bitfold.pipeline.workdir import writing
 from bitfold.recipe import Recipe
 from bitfold.runtime.checkpoint import find_checkpoint
@@ -138,7 +138,7 @@ def sensitivity(
     recipe = resolve_recipe(recipe, method, scheme, set, ignore, seed, effort)
     place = resolve_device(device)
     skeleton = skeleton_for(Checkpoint(find_checkpoint(model)), recipe, place)
-    plan = make_plan(skeleton, recipe)
+    plan = make_plan(skeleton, settled(recipe, skeleton)[0])
     resolved = resolve_dtype(dtype, place)
     search = make_search(
         skeleton,

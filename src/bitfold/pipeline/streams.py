@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bitfold.models.skeleton import Skeleton
 
-__all__ = ["TOKENS_PER_BATCH", "Streams", "advance", "batches", "last_hidden"]
+__all__ = ["TOKENS_PER_BATCH", "Streams", "advance", "batches", "embedded", "last_hidden"]
 
 TOKENS_PER_BATCH = 2048
 PROBE_WINDOWS = 2
@@ -49,7 +49,7 @@ class Streams:
     ) -> "Streams":
         """The streams before the first block, from token ids [windows, length]."""
         probe_hidden = skeleton.embed(outer, probe.to(skeleton.device)).cpu()
-        hidden = None if tokens is None else _embedded(skeleton, outer, tokens)
+        hidden = None if tokens is None else embedded(skeleton, outer, tokens)
         original = hidden.clone() if hidden is not None and keep_original else None
         return cls(probe_hidden, probe_hidden.clone(), original, hidden)
 
@@ -90,7 +90,7 @@ def last_hidden(
     low: matrix products in bfloat16.
     """
     outer = skeleton.load_outer(dtype)
-    hidden = _embedded(skeleton, outer, tokens)
+    hidden = embedded(skeleton, outer, tokens)
     with torch.autocast(skeleton.device.type, torch.bfloat16, enabled=low):
         for index in range(len(skeleton.blocks)):
             weights = skeleton.load_block(index, dtype)
@@ -98,6 +98,7 @@ def last_hidden(
     return hidden
 
 
-def _embedded(skeleton: Skeleton, outer: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
+def embedded(skeleton: Skeleton, outer: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
+    """What the first block is given for token ids [windows, length], on the CPU."""
     parts = [skeleton.embed(outer, part.to(skeleton.device)).cpu() for part in batches(tokens)]
     return torch.cat(parts)

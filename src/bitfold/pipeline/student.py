@@ -150,24 +150,28 @@ class Student:
             return self._head.gradient(weights, hidden, windows)
 
         blocks, embedded = len(self.blocks), self._embedded(windows)
-        return gradient_through(blocks, embedded, self._run_with_graph, head)[0]
+        return gradient_through(blocks, embedded, self._run_with_graph, self._run, head)[0]
 
     # -- forward -----------------------------------------------------------------------------------
 
     def _forward(self, windows: Tensor) -> Tensor:
         """What the last block gives, [windows, length, hidden], on the CPU."""
-        skeleton, dtype = self._job.skeleton, self._job.dtype
         hidden = self._embedded(windows)
         for index in range(len(self.blocks)):
-            block = self._block(index)
-            weights = self._weights(index, block)
-            with self._quantizing(index, block, block.inputs, fake_quantize_dynamic):
-                parts = [
-                    skeleton.run(index, weights, part.to(skeleton.device, dtype)).cpu()
-                    for part in batches(hidden)
-                ]
-            hidden = torch.cat(parts)
+            hidden = self._run(index, hidden)
         return hidden
+
+    def _run(self, index: int, hidden: Tensor) -> Tensor:
+        """What block `index` gives, as loaders compute it, [windows, length, hidden] on the CPU."""
+        skeleton, dtype = self._job.skeleton, self._job.dtype
+        block = self._block(index)
+        weights = self._weights(index, block)
+        with self._quantizing(index, block, block.inputs, fake_quantize_dynamic):
+            parts = [
+                skeleton.run(index, weights, part.to(skeleton.device, dtype)).cpu()
+                for part in batches(hidden)
+            ]
+        return torch.cat(parts)
 
     def _embedded(self, windows: Tensor) -> Tensor:
         skeleton = self._job.skeleton

@@ -15,7 +15,7 @@ from bitfold.transforms import Heads, fold
 from bitfold.transforms.groups import HeadMatrix
 from bitfold.transforms.stream import refuse_outsiders, turn_block, turn_outer
 
-__all__ = ["Bases", "TurnedSkeleton", "skeleton_for", "turned_block"]
+__all__ = ["Bases", "TurnedSkeleton", "settled", "skeleton_for", "turned_block"]
 
 # Largest relative change of the probe's logits by turning alone; what is outside the blocks is rounded to storage.
 _LARGEST_CHANGE = 1e-3
@@ -49,6 +49,20 @@ def skeleton_for(checkpoint: Checkpoint, recipe: Recipe, device: torch.device) -
     size = skeleton.config.hidden_size
     skeleton.turn(Bases(transform.matrix(size, keeps_ones=stream.reads_mean, seed=recipe.seed)))
     return skeleton
+
+
+def settled(recipe: Recipe, skeleton: Skeleton) -> tuple[Recipe, tuple[str, ...]]:
+    """The recipe as this network can have it, and what the user should read: rotations are not learned where the stream
+    takes none."""
+    first = recipe.stream_transform
+    if first is None or not first.learns or isinstance(skeleton, TurnedSkeleton):
+        return recipe, ()
+    transforms = (first.model_copy(update={"steps": 0}), *recipe.transforms[1:])
+    note = (
+        f"rotations are not learned: the residual stream of this {skeleton.family.name} model takes none, or none that "
+        "is free"
+    )
+    return recipe.model_copy(update={"transforms": transforms}), (note,)
 
 
 def turned_block(
@@ -118,7 +132,8 @@ class TurnedSkeleton(Skeleton):
         logits = plain.head(outer, hidden)
         change = float((turned - logits).norm() / logits.norm())
         stored = next(iter(self.checkpoint.tensors.values())).dtype
-        limit = _LARGEST_CHANGE if stored.itemsize >= 4 else _LARGEST_CHANGE_HALF
+        half = min(stored.itemsize, dtype.itemsize) < 4
+        limit = _LARGEST_CHANGE_HALF if half else _LARGEST_CHANGE
         if not change <= limit:
             raise EquivalenceError(
                 f"Turning the residual stream changed the logits by {change:.2e} (relative; at most {limit:g} is "

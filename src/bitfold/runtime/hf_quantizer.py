@@ -69,6 +69,14 @@ class BitfoldHfQuantizer(HfQuantizer):
             module = _module(model, name)
             attach(module, _map_for(name, module, shape, model.dtype))
 
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **kwargs: Any
+    ) -> PreTrainedModel:
+        for module in model.modules():
+            if isinstance(module, OnlineMap):
+                module.align()
+        return model
+
     def is_serializable(self) -> bool:
         """`save_pretrained` writes the tensors as they were read."""
         return True

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bitfold.models.family import ONLINE
-from bitfold.numerics import MapShape, apply_map, for_queries, turn_heads
+from bitfold.numerics import MapShape, aligned, apply_map, for_queries, turn_heads
 from bitfold.runtime.attention import HeadMap, HeadName, set_head_map
 
 __all__ = ["OnlineMap", "attach", "running_online", "runs_on_heads"]
@@ -40,6 +40,11 @@ class OnlineMap(nn.Module):
         """[..., n], the same shape as x."""
         return apply_map(x, self._tensors())
 
+    def align(self) -> None:
+        """Put tensors that were read from a file where `apply_map` need not copy them at every call."""
+        for value in self.parameters():
+            value.data = aligned(value.data)
+
     def turn_heads(self, name: HeadName, x: Tensor) -> Tensor:
         """Queries or keys [batch, heads, tokens, head_dim], the same shape as x."""
         tensors = self._tensors()
@@ -47,9 +52,10 @@ class OnlineMap(nn.Module):
             return turn_heads(name, x, tensors)
         # An inverse takes longer than a token: it is made anew only where the matrix is another.
         keys = tensors["keys"]
-        state = (keys.data_ptr(), keys._version, keys.dtype, keys.device)
+        version = -1 if keys.is_inference() else keys._version
+        state = (keys.data_ptr(), version, keys.dtype, keys.device, x.dtype)
         if self._for_queries is None or self._for_queries[0] != state:
-            self._for_queries = (state, for_queries(keys))
+            self._for_queries = (state, for_queries(keys).to(x.dtype))
         return turn_heads(name, x, tensors, self._for_queries[1])
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -27,9 +27,16 @@ class Awq(SiteTransform):
     """steps: values of r tried, from 0 (nothing) to 1. weight_aware: also try each r with the weights' own share."""
 
     needs = frozenset[Need]({"channels", "gram"})
+    balances = True
 
     steps: int = Field(default=20, ge=2)
     weight_aware: bool = True
+
+    def wants(self, site: Site, schemes: Mapping[str, Scheme]) -> bool:
+        """See `SiteTransform.wants`."""
+        return takes_diagonal(site) and any(
+            schemes[reader].weight is not None for reader in site.readers
+        )
 
     def fit(
         self,
@@ -43,9 +50,7 @@ class Awq(SiteTransform):
 
         weights: the block's, [out, in] each; statistics: of the readers' input; schemes: of the readers, by name.
         """
-        if not takes_diagonal(site) or all(
-            schemes[reader].weight is None for reader in site.readers
-        ):
+        if not self.wants(site, schemes):
             return None
         magnitude = per_entry(statistics.absmean, site, heads, "mean").clamp(min=1e-8)
         share = per_entry(_weight_share(weights, site, schemes), site, heads, "mean").clamp(

@@ -32,6 +32,10 @@ class Keys(SiteTransform):
         """See `SiteTransform.online_map`."""
         return head_matrices(site, heads) if isinstance(site, QueryKey) else None
 
+    def wants(self, site: Site, schemes: Mapping[str, Scheme]) -> bool:
+        """See `SiteTransform.wants`."""
+        return isinstance(site, QueryKey) and quantizes_keys(site, schemes)
+
     def fit(
         self,
         site: Site,
@@ -44,7 +48,7 @@ class Keys(SiteTransform):
 
         statistics: with the second moments of queries and keys as they are multiplied.
         """
-        if not isinstance(site, QueryKey) or not quantizes_keys(site, schemes):
+        if not isinstance(site, QueryKey) or not self.wants(site, schemes):
             return None
         queries, keys = (statistics.head_moment(name, heads.keys) for name in ("query", "key"))
         inverse, found = closed_form(queries.double(), keys.double(), self.damping, rotate=True)

@@ -40,6 +40,10 @@ class Kronecker(SiteTransform):
         """See `SiteTransform.online_map`."""
         return None if isinstance(site, QueryKey) else MapShape("kronecker", factors_of(width))
 
+    def wants(self, site: Site, schemes: Mapping[str, Scheme]) -> bool:
+        """See `SiteTransform.wants`."""
+        return not isinstance(site, QueryKey)
+
     def fit(
         self,
         site: Site,

@@ -34,15 +34,16 @@ class Rotation(StreamTransform):
     heads: turn the values of every KV head too, folded. online: Hadamard matrices before o_proj, down_proj (fc2) and on
     queries and keys, which run; of the largest size that divides the width.
     steps: learn the stream's rotation and those of heads, which begin as they would be without (`spinquant.py`), in so
-    many steps of `batch` windows; angle: of the first, in radians. rounds_weights: while learning round weights too, as
-    is done where nothing else is. held_back: share of the calibration windows by which the best state is chosen.
+    many steps of `batch` windows; angle: by which the first turns, in radians. rounds_weights: while learning round
+    weights too, as is done where nothing else is. held_back: share of the calibration windows by which the best state
+    is chosen.
     """
 
     heads: bool = False
     online: bool = False
     steps: int = Field(default=0, ge=0)
     batch: int = Field(default=8, ge=1)
-    angle: float = Field(default=1.0, gt=0, lt=math.pi)
+    angle: float = Field(default=0.3, gt=0, lt=math.pi)
     rounds_weights: bool = False
     held_back: float = Field(default=0.125, gt=0, lt=1)
 
@@ -114,4 +115,4 @@ def _orthogonal(size: int, generator: torch.Generator) -> Tensor:
         return signs[:, None] * hadamard_matrix(size) / size**0.5
     gaussian = torch.randn(size, size, generator=generator, dtype=torch.float64)
     q, r = torch.linalg.qr(gaussian)
-    return q * r.diagonal().sign()  # uniform over the group
+    return (q * r.diagonal().sign()).contiguous()  # uniform over the group

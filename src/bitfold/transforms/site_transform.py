@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -15,7 +16,17 @@ __all__ = ["SiteTransform"]
 
 
 class SiteTransform(Part):
-    """Fits a transform at one site from statistics of its readers' input."""
+    """Fits a transform at one site from statistics of its readers' input.
+
+    balances: what it leaves inside an MLP is a diagonal.
+    """
+
+    balances: ClassVar[bool] = False
+
+    def wants(self, site: Site, schemes: Mapping[str, Scheme]) -> bool:
+        """Whether `fit` may find something there: statistics are measured for no other site. schemes: of the block's
+        linear layers, by name."""
+        return True
 
     @abstractmethod
     def fit(

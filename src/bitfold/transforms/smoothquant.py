@@ -30,11 +30,16 @@ class SmoothQuant(SiteTransform):
     shift: also centre each channel's range where biases can carry it (Outlier Suppression+, arXiv 2304.09145)."""
 
     needs = frozenset[Need]({"channels", "rows"})
+    balances = True
 
     alpha: float | Literal["search"] = Field(default="search")
     candidates: tuple[float, ...] = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
     sites: Literal["all", "norms"] = "all"
     shift: bool = False
+
+    def wants(self, site: Site, schemes: Mapping[str, Scheme]) -> bool:
+        """See `SiteTransform.wants`."""
+        return takes_diagonal(site) and (self.sites == "all" or isinstance(site, NormSite))
 
     def fit(
         self,
@@ -48,7 +53,7 @@ class SmoothQuant(SiteTransform):
 
         weights: the block's, [out, in] each; statistics: of the readers' input; schemes: of the readers, by name.
         """
-        if not takes_diagonal(site) or (self.sites == "norms" and not isinstance(site, NormSite)):
+        if not self.wants(site, schemes):
             return None
         shift = self._shift(site, weights, statistics)
         centred = statistics.absmax

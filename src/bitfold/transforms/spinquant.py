@@ -19,6 +19,8 @@ from torch import Tensor
 
 __all__ = ["CHECKS", "BasesProblem", "LearnedBases", "cayley_step", "learn_bases", "tangent"]
 
+# Of finding the largest singular value.
+_ITERATIONS = 12
 CHECKS = 4
 """So often is the state looked at on the windows that are held back, beside the first."""
 
@@ -57,6 +59,8 @@ class LearnedBases:
     @property
     def sentence(self) -> str:
         """The same, in words."""
+        if not math.isfinite(self.before):
+            return "Rotations were not learned: the KL on held-back windows is not finite."
         if not self.kept:
             return (
                 f"Learning rotations did not lower the KL of {self.before:.4f} on held-back windows: they stayed as "
@@ -77,6 +81,9 @@ def learn_bases(problem: BasesProblem, steps: int, batch: int, angle: float) -> 
     generator = torch.Generator().manual_seed(problem.seed)
     problem.report(0, steps, "learning rotations")
     before = problem.loss(problem.check)
+    if not math.isfinite(before):
+        note = "rotations: the loss on held-back windows is not finite: nothing was learned"
+        return LearnedBases(before, before, 0, 0, (note,))
     best, best_loss, kept = _copies(problem.bases), before, 0
     drawn: list[int] = []
     for step in range(1, steps + 1):
@@ -91,7 +98,7 @@ def learn_bases(problem: BasesProblem, steps: int, batch: int, angle: float) -> 
         if not math.isfinite(loss) or not _finite(gradients):
             _put_back(problem.bases, best)
             note = f"rotations: the loss of step {step} is not finite: the state after step {kept} was kept"
-            return LearnedBases(before, best_loss, step, kept, (note,))
+            return LearnedBases(before, best_loss, step - 1, kept, (note,))
         share = (1 + math.cos(math.pi * (step - 1) / steps)) / 2
         for place, (basis, gradient) in enumerate(zip(problem.bases, gradients, strict=True)):
             assert gradient is not None
@@ -121,13 +128,21 @@ def tangent(basis: Tensor, gradient: Tensor, keeps_ones: bool) -> Tensor:
 
 
 def cayley_step(basis: Tensor, skew: Tensor, angle: float) -> Tensor:
-    """R turned against a skew matrix: orthogonal again, by `angle` radians in the plane that turns most (by less than
-    that, as far as the bound on the spectral norm is not tight)."""
-    # ‖M‖₂² ≤ ‖M‖₁ ‖M‖_∞, which are the same for a skew matrix.
-    bound = skew.abs().sum(dim=-1).amax(dim=-1)[..., None, None].clamp(min=1e-300)
-    half = skew * (math.tan(angle / 2) / bound)
+    """R turned against a skew matrix: orthogonal again, by `angle` radians in the plane that turns most."""
+    largest = _largest_singular(skew)[..., None, None].clamp(min=1e-300)
+    half = skew * (math.tan(angle / 2) / largest)
     eye = torch.eye(basis.shape[-1], dtype=basis.dtype, device=basis.device)
     return torch.linalg.solve(eye + half, (eye - half) @ basis)
+
+
+def _largest_singular(skew: Tensor) -> Tensor:
+    """Of each matrix [..., n, n], within a few per cent, from below."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(skew.shape[-1], 4, generator=generator, dtype=skew.dtype).to(skew.device)
+    found = start.expand(*skew.shape[:-1], 4)
+    for _ in range(_ITERATIONS):
+        found = torch.linalg.qr(skew @ found)[0]
+    return torch.linalg.matrix_norm(skew @ found, 2)
 
 
 def _copies(bases: Sequence[Tensor]) -> list[Tensor]:

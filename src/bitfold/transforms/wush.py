@@ -45,6 +45,12 @@ class Wush(SiteTransform):
         behind_norm = self.norms == "online" and isinstance(site, NormSite)
         return MapShape("blocks", (1, width)) if behind_norm else None
 
+    def wants(self, site: Site, schemes: Mapping[str, Scheme]) -> bool:
+        """See `SiteTransform.wants`."""
+        if isinstance(site, NormSite):
+            return self.norms == "online"
+        return isinstance(site, ValueOutput | QueryKey)
+
     def fit(
         self,
         site: Site,
