@@ -112,12 +112,18 @@ class TurnedSkeleton(Skeleton):
         together = {f"{stream.final_norm}.{kind}" for kind in ("weight", "bias")}
         together |= {f"{stream.reader}.weight"}
         wanted = names or self.outer_parameters
-        needed = [n for n in self.outer_parameters if n in wanted or n in together]
-        stored = super().load_outer(names=needed)
-        exact = {name: value.double() for name, value in stored.items()}
-        turned = turn_outer(exact, stream, sites, self.bases.stream)
-        rounded = {name: turned[name].to(stored[name].dtype) for name in wanted}
-        return {name: value.to(dtype or value.dtype) for name, value in rounded.items()}
+        # One tensor in float64 at a time: they are the largest of many models.
+        groups = [[name] for name in wanted if name not in together]
+        if together.intersection(wanted):
+            groups.append([name for name in self.outer_parameters if name in together])
+        found: dict[str, Tensor] = {}
+        for group in groups:
+            stored = super().load_outer(names=group)
+            exact = {name: value.double() for name, value in stored.items()}
+            turned = turn_outer(exact, stream, sites, self.bases.stream)
+            rounded = {name: turned[name].to(stored[name].dtype) for name in group}
+            found |= {name: value.to(dtype or value.dtype) for name, value in rounded.items()}
+        return {name: found[name] for name in wanted}
 
     def check(self, tokens: Tensor, turned: Tensor, dtype: torch.dtype) -> None:
         """Hold the turned network's logits [windows, length, vocabulary] against those of the checkpoint as it is.
