@@ -16,6 +16,7 @@ __all__ = [
     "compose",
     "method_names",
     "method_text",
+    "methods_with_efforts",
     "read_file",
     "read_yaml",
 ]
@@ -45,11 +46,16 @@ def method_text(name: str) -> str:
     return (_METHODS / f"{name}.yaml").read_text(encoding="utf-8")
 
 
+def methods_with_efforts() -> list[str]:
+    """Those that `--effort` speaks to."""
+    return [n for n in method_names() if {"efforts", "choices"} & read_yaml(method_text(n)).keys()]
+
+
 def compose(names: object, scheme: Scheme, effort: str | None) -> dict[str, Any]:
     """The fields of methods joined by `+`: transforms, and corrections, follow one another; a later range or rounding
     replaces, with the corrections that a method of transforms put before its own: `affine+gptaq` is affine's transforms
-    and gptaq. `activation` is what a method says of how inputs are quantized. Some methods have
-    `efforts`, of which one is taken (`medium` if None); `auto` has them for every kind of scheme.
+    and gptaq. `activation` is what a method says of how inputs are quantized. Some methods have `efforts`, of which one
+    is taken (`medium` if None); `auto` has them for every kind of scheme.
 
     Raises RecipeError for an unknown name, and for an effort that nothing asks for.
     """
@@ -67,7 +73,7 @@ def compose(names: object, scheme: Scheme, effort: str | None) -> dict[str, Any]
     contents = [_with_effort(read_yaml(method_text(name)), scheme, effort) for name in parts]
     if effort is not None and not any(heard for _, heard in contents):
         raise RecipeError(
-            f"--effort says how hard auto, flat or affine-plus try: leave it out with {names}."
+            f"--effort says how hard {' or '.join(methods_with_efforts())} try: leave it out with {names}."
         )
     fields: dict[str, Any] = {slot: [] for slot in LISTS}
     # Corrections of methods that are nothing else, and those that a method of transforms puts before its rounding.

@@ -31,6 +31,7 @@ from bitfold.rounding import ROUNDINGS, BlockRounding, Nearest, Rounding
 from bitfold.scheme_text import TENSORS, layer_rule, of_activations, scheme_of
 from bitfold.transforms import TRANSFORMS, BlockTransform, SiteTransform, StreamTransform
 from bitfold.transforms.reorder import Reorder
+from bitfold.transforms.rotation import Rotation
 
 __all__ = ["LayerRule", "Recipe"]
 
@@ -173,6 +174,12 @@ class Recipe(BaseModel):
         first = self.transforms[0] if self.transforms else None
         return first if isinstance(first, StreamTransform) else None
 
+    @property
+    def learned_rotation(self) -> Rotation | None:
+        """The same where it is learned, before the first block."""
+        first = self.stream_transform
+        return first if isinstance(first, Rotation) and first.steps else None
+
     @classmethod
     def make(
         cls,
@@ -280,12 +287,7 @@ class Recipe(BaseModel):
     @property
     def calibrates(self) -> bool:
         """Whether calibration text is needed at all."""
-        return bool(self.needs) or self.learns_rotations
-
-    @property
-    def learns_rotations(self) -> bool:
-        """Whether the basis of the residual stream is learned."""
-        return self.stream_transform is not None and self.stream_transform.learns
+        return bool(self.needs) or self.learned_rotation is not None
 
     def to_yaml(self) -> str:
         """The recipe in full, as it is stored in the artifact."""

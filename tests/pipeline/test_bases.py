@@ -200,10 +200,9 @@ def test_diagonals_of_two_parts_are_those_of_the_loop_over_blocks(
         device="cpu",
         dtype=F64,
     )
-    schemes = job.plan.block_schemes(job.skeleton.block_name(0))
     with torch.no_grad():
         plain, streams = job.skeleton.load_block(0, F64), job.start_streams()
-        found = rewrite_block(job.skeleton, 0, job.plan, schemes, streams, plain, lambda *_: None)
+        found = rewrite_block(job.skeleton, 0, job.plan, streams, plain, lambda *_: None)
     name = "mlp.down_proj.weight"
     ratio = (found.weights[name] / plain[name])[0]
     assert ratio.log().std() > 0.05
@@ -263,6 +262,17 @@ def test_a_stream_that_takes_no_rotation_learns_none(
         assert file.read_bytes() == (tmp_path / "plain" / file.name).read_bytes()
 
 
+def test_that_it_learns_none_is_said_of_mixed_bits_too(
+    checkpoint: Zoo, ids: Path, tmp_path: Path
+) -> None:
+    settings = ["rotation.steps=2", "rotation.where_possible=true"]
+    model = checkpoint("gemma3", torch.float32)
+    result = quantize(
+        model, tmp_path / "out", ids, scheme="w4a16", bits=5.0, method="rotation", set=settings
+    )
+    assert sum("rotations are not learned" in note for note in result.notes) == 1
+
+
 def test_a_width_without_a_hadamard_matrix_is_learned_and_recorded(
     ids: Path, tmp_path: Path
 ) -> None:
@@ -311,6 +321,11 @@ def test_a_dry_run_learns_nothing(checkpoint: Zoo, ids: Path, tmp_path: Path) ->
 def test_one_window_is_too_little(checkpoint: Zoo, ids: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="one window, and rotations are learned on some"):
         quantize(checkpoint("llama", torch.float32), tmp_path / "out", ids, samples=1)
+    with pytest.raises(DataError, match="more text, or --effort low"):
+        quantize(
+            *(checkpoint("llama", torch.float32), tmp_path / "out", ids),
+            **{"samples": 1, "method": "affine-plus", "set": []},
+        )
     assert not (tmp_path / "out").exists()
 
 

@@ -105,9 +105,8 @@ def turn_heads(
     if name == "key":
         return x @ aligned(tensors["keys"]).to(x.dtype)
     turned = for_queries(tensors["keys"]) if queries is None else queries
-    by_key = x.unflatten(
-        1, (turned.shape[0], -1)
-    )  # query heads that share a KV head are more rows of it
+    # Query heads that share a KV head are more rows of it.
+    by_key = x.unflatten(1, (turned.shape[0], -1))
     rows = by_key.flatten(2, 3) @ turned.to(x.dtype)
     return rows.view(by_key.shape).flatten(1, 2)
 

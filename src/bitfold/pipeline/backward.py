@@ -14,7 +14,7 @@ from bitfold.models.skeleton import Skeleton
 from bitfold.pipeline.streams import batches
 from bitfold.statistics import widened
 
-__all__ = ["BlockRun", "HeadLoss", "gradient_through", "leaves", "may_keep_graphs"]
+__all__ = ["BlockRun", "HeadLoss", "gradient_through", "leaves"]
 
 # So many logits are held at once.
 _LOGITS = 2**24
@@ -22,11 +22,6 @@ _LOGITS = 2**24
 _GRAPHS = 2**30
 # Bytes that a block's graph keeps of a token, in hidden states: about, for the choice only.
 _STATES = 256
-
-
-def may_keep_graphs(blocks: int, tokens: int, hidden: int) -> bool:
-    """Whether the graphs of so many blocks on so many tokens may be held at once."""
-    return tokens * blocks * hidden * _STATES <= _GRAPHS
 
 
 def gradient_through(
@@ -43,7 +38,7 @@ def gradient_through(
     to it.
     """
     hidden = given
-    if may_keep_graphs(blocks, given.shape[:2].numel(), given.shape[-1]):
+    if blocks * given.numel() * _STATES <= _GRAPHS:
         runs: list[BlockRun] = []
         for index in range(blocks):
             runs.append(run(index, hidden))
@@ -67,8 +62,7 @@ class BlockRun:
     """A block that was run with a graph: pieces of a batch, [windows, length, hidden] each, in and out."""
 
     def __init__(self, run: Callable[[Tensor], Tensor], given: Tensor, gather: "_Gather") -> None:
-        """run: the block on a piece; given: hidden states [windows, length, hidden], on the device and in the dtype
-        that it runs in once `run` is called."""
+        """run: the block on a piece of what it is given, [windows, length, hidden], which it takes to its device."""
         self._gather = gather
         self._parts: list[tuple[Tensor, Tensor]] = []
         with torch.enable_grad():

@@ -207,8 +207,8 @@ class Turning:
 def take_bases(job: Job, workdir: Workdir, report: Report) -> None:
     """Turn the job's skeleton into learned bases where the recipe asks for them: those that a killed run of the same
     request recorded, or new ones, which are recorded."""
-    skeleton, rotation = job.skeleton, job.plan.recipe.stream_transform
-    if not (isinstance(rotation, Rotation) and rotation.steps):
+    skeleton, rotation = job.skeleton, job.plan.recipe.learned_rotation
+    if rotation is None:
         return
     assert isinstance(skeleton, TurnedSkeleton)  # see `settled`
     bases = _recorded(workdir)

@@ -70,7 +70,7 @@ def quantize_block(
     schemes = plan.block_schemes(prefix)
     weights = skeleton.load_block(index, dtype)
 
-    rewritten = rewrite_block(skeleton, index, plan, schemes, streams, weights, report)
+    rewritten = rewrite_block(skeleton, index, plan, streams, weights, report)
     folded = with_identities(rewritten.weights, plan.block_maps(prefix))
     quantized_names = {name for name, scheme in schemes.items() if scheme.weight is not None}
     plain = {

@@ -78,7 +78,7 @@ def working_bytes(job: Job) -> int:
     if job.stream_tokens is not None:
         tokens += (2 if job.keeps_original else 1) * job.stream_tokens.numel()
     streams = 2 * tokens * job.skeleton.config.hidden_size * job.dtype.itemsize
-    if job.plan.recipe.learns_rotations:
+    if job.plan.recipe.learned_rotation is not None:
         heads, blocks = job.plan.heads, len(job.skeleton.blocks)
         numbers = job.skeleton.config.hidden_size**2 + blocks * heads.keys * heads.size**2
         streams += numbers * torch.float64.itemsize

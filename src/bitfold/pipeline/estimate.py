@@ -1,10 +1,10 @@
 """What a run would take: disk from the formats, time and memory from trials on the first block."""
 
-import math
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from bitfold.distillation import split_windows
 from bitfold.evaluate.memory import peak_rss_mb
 from bitfold.export.artifact import tensor_sums
 from bitfold.pipeline.block import run_quantized
@@ -14,7 +14,6 @@ from bitfold.pipeline.shards import block_from_tensors, block_tensors
 from bitfold.pipeline.step import step
 from bitfold.pipeline.streams import Streams
 from bitfold.statistics import ROWS
-from bitfold.transforms.rotation import Rotation
 from bitfold.transforms.spinquant import CHECKS
 
 __all__ = ["Estimate", "estimate"]
@@ -74,7 +73,7 @@ def _training(job: Job, streams: Streams) -> float:
     """Seconds that what trains the whole model takes if it does not stop before, from a window through the first block
     as it is and through the head: learned rotations, distillation."""
     options, windows = job.plan.recipe.distillation, streams.quantized
-    rotation = job.plan.recipe.stream_transform if job.plan.recipe.learns_rotations else None
+    rotation = job.plan.recipe.learned_rotation
     if windows is None or (options is None and rotation is None):
         return 0.0
     skeleton, blocks = job.skeleton, len(job.skeleton.blocks)
@@ -92,11 +91,11 @@ def _training(job: Job, streams: Streams) -> float:
     if options is not None:
         learning, checking = options.passes(windows.shape[0])
         seconds += _passes(learning, checking, blocks * block, head)
-    if isinstance(rotation, Rotation):
+    if rotation is not None:
         checks = CHECKS + 1
-        held_back = math.ceil(rotation.held_back * windows.shape[0])
+        _, held_back = split_windows(windows.shape[0], rotation.held_back, seed=0)
         learning = rotation.steps * rotation.batch
-        seconds += _passes(learning, checks * held_back, blocks * block, head)
+        seconds += _passes(learning, checks * len(held_back), blocks * block, head)
         # All windows go through the original, once for statistics; a step turns weights forward, again, and back.
         seconds += 2 * windows.shape[0] * blocks * block
         seconds += (4 * rotation.steps + checks) * blocks * turned

@@ -20,7 +20,7 @@ from bitfold.data import (
     random_windows,
 )
 from bitfold.errors import DataError, OutputError, RecipeError
-from bitfold.methods import AUTO
+from bitfold.methods import methods_with_efforts
 from bitfold.models.checkpoint import Checkpoint
 from bitfold.models.skeleton import Skeleton
 from bitfold.pipeline.plan import Plan, make_plan
@@ -175,17 +175,17 @@ def read_calibration(
 
 
 def with_allocation(job: Job, recipe: Recipe, allocation: dict[str, Any]) -> Job:
-    """The same job by a recipe in which bits were found for every layer; notes of the choice come last."""
+    """The same job by a recipe in which bits were found for every layer; notes of the plan are the new one's, those of
+    the choice come last."""
     data = job.calibration
+    others = [note for note in job.notes if note not in job.plan.notes]
     plan = make_plan(job.skeleton, recipe)
     checkpoint, device = job.skeleton.checkpoint, job.skeleton.device
     return replace(
         job,
         plan=plan,
         request=request_hash(checkpoint, recipe, data, job.dtype, device, allocation),
-        notes=tuple(
-            dict.fromkeys([*plan.notes, *(data.notes if data else ()), *allocation["notes"]])
-        ),
+        notes=tuple(dict.fromkeys([*plan.notes, *others, *allocation["notes"]])),
         allocation=allocation,
     )
 
@@ -195,15 +195,16 @@ def _check_windows(recipe: Recipe, data: Calibration) -> None:
     if data.tokens.shape[0] > 1:
         return
     one = f"The calibration ({data.source}) is one window"
-    if recipe.learns_rotations:
+    easier = "--effort low" if recipe.method in methods_with_efforts() else None
+    if recipe.learned_rotation is not None:
         raise DataError(
-            f"{one}, and rotations are learned on some and judged by others: give more --samples, more text, or "
-            "rotation.steps=0."
+            f"{one}, and rotations are learned on some and judged by others: "
+            f"give more --samples, more text, or {easier or '--set rotation.steps=0'}."
         )
     if recipe.distillation is not None:
         raise DataError(
             f"{one}, and distillation trains on some and is judged by others: "
-            f"give more --samples, more text, or {'--effort low' if recipe.method == AUTO else 'leave out distil'}."
+            f"give more --samples, more text, or {easier or 'leave out distil'}."
         )
 
 

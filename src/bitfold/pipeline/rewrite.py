@@ -10,7 +10,6 @@ from torch import Tensor
 from bitfold.errors import EquivalenceError
 from bitfold.models.family import Site
 from bitfold.models.skeleton import Skeleton
-from bitfold.numerics import Scheme
 from bitfold.pipeline.measure import input_statistics
 from bitfold.pipeline.plan import Plan
 from bitfold.pipeline.problem import block_problem
@@ -44,7 +43,6 @@ def rewrite_block(
     skeleton: Skeleton,
     index: int,
     plan: Plan,
-    schemes: Mapping[str, Scheme],
     streams: Streams,
     weights: Mapping[str, Tensor],
     report: Callable[[int, int, str], None],

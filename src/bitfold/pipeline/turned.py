@@ -54,10 +54,10 @@ def skeleton_for(checkpoint: Checkpoint, recipe: Recipe, device: torch.device) -
 def settled(recipe: Recipe, skeleton: Skeleton) -> tuple[Recipe, tuple[str, ...]]:
     """The recipe as this network can have it, and what the user should read: rotations are not learned where the stream
     takes none."""
-    first = recipe.stream_transform
-    if first is None or not first.learns or isinstance(skeleton, TurnedSkeleton):
+    learned = recipe.learned_rotation
+    if learned is None or isinstance(skeleton, TurnedSkeleton):
         return recipe, ()
-    transforms = (first.model_copy(update={"steps": 0}), *recipe.transforms[1:])
+    transforms = (learned.model_copy(update={"steps": 0}), *recipe.transforms[1:])
     note = (
         f"rotations are not learned: the residual stream of this {skeleton.family.name} model takes none, or none that "
         "is free"

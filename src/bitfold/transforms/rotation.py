@@ -47,11 +47,6 @@ class Rotation(StreamTransform):
     rounds_weights: bool = False
     held_back: float = Field(default=0.125, gt=0, lt=1)
 
-    @property
-    def learns(self) -> bool:
-        """See `StreamTransform.learns`."""
-        return self.steps > 0
-
     def matrix(self, size: int, *, keeps_ones: bool, seed: int) -> Tensor:
         """See `StreamTransform.matrix`."""
         generator = torch.Generator().manual_seed(seed)

@@ -23,8 +23,3 @@ class StreamTransform(SiteTransform):
     @abstractmethod
     def matrix(self, size: int, *, keeps_ones: bool, seed: int) -> Tensor:
         """R [size, size] float64, orthogonal; keeps_ones: with R 1 = 1 (under LayerNorm)."""
-
-    @property
-    def learns(self) -> bool:
-        """Whether the matrix is only where learning begins."""
-        return False
