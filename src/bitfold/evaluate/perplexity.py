@@ -27,6 +27,7 @@ from bitfold.evaluate.statistics import (
     quantile,
     token_statistics,
 )
+from bitfold.runtime.device import quick_float32
 from bitfold.runtime.load import load, load_tokenizer
 
 __all__ = ["Evaluation", "TextEvaluation", "evaluate"]
@@ -151,7 +152,7 @@ def evaluate(
     total = sum(len(rows_nL) for rows_nL in rows.values())
     done = 0
     figures = {}
-    with _evaluating(candidate), _evaluating(reference), torch.no_grad():
+    with _evaluating(candidate), _evaluating(reference), torch.no_grad(), quick_float32():
         for name, rows_nL in rows.items():
             parts = []
             for batch_BL in rows_nL.split(max(1, LOGITS_PER_BATCH // (length * vocab_size))):

@@ -29,6 +29,7 @@ from bitfold.pipeline.disk import TEXT_OF_A_TENSOR, artifact_bytes, weight_bytes
 from bitfold.pipeline.job import Job, with_allocation
 from bitfold.pipeline.sensitivity import Search, Store, make_search, measure, text_json
 from bitfold.recipe import LayerRule, Recipe
+from bitfold.runtime.device import quick_float32
 
 __all__ = ["allocate"]
 
@@ -78,6 +79,7 @@ class _Programme:
         return (self.fixed_bits + self.taken("bits", chosen)) / self.weights
 
 
+@quick_float32()
 def allocate(
     job: Job,
     budget: Budget,

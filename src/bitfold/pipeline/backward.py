@@ -7,7 +7,6 @@ blocks are too large to be held at once, each block is run once more when its tu
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bitfold.models.skeleton import Skeleton
@@ -103,8 +102,10 @@ class HeadLoss:
 
     def value(self, weights: Mapping[str, Tensor], hidden: Tensor, windows: Tensor) -> float:
         """Of a student with these weights outside the blocks, whose last block gave hidden [len(windows), …]."""
-        pieces = self._pieces(hidden, windows)
-        return sum(float(self._kl(weights, student, teacher)) for student, teacher in pieces)
+        total = 0.0
+        for student, teacher in self._pieces(hidden, windows):
+            total += float(self._kl(widened(self._skeleton.head(weights, student)), teacher)[0])
+        return total
 
     def gradient(
         self, weights: Mapping[str, Tensor], hidden: Tensor, windows: Tensor
@@ -115,9 +116,11 @@ class HeadLoss:
             total, found = 0.0, []
             for student, teacher in self._pieces(hidden, windows):
                 student = student.requires_grad_()
-                loss = self._kl(cut, student, teacher)
-                total += float(loss.detach())
-                found.append(gather(loss, torch.ones_like(loss), student).cpu())
+                logits = widened(self._skeleton.head(cut, student))
+                with torch.no_grad():
+                    kl, slope = self._kl(logits, teacher)
+                total += float(kl)
+                found.append(gather(logits, slope, student).cpu())
             gather.finish()
         rows = torch.cat([piece.flatten(0, 1) for piece in found])
         return total, rows.unflatten(0, (-1, hidden.shape[1]))
@@ -134,11 +137,12 @@ class HeadLoss:
                     teacher.unsqueeze(0).to(device, dtype),
                 )
 
-    def _kl(self, weights: Mapping[str, Tensor], student: Tensor, teacher: Tensor) -> Tensor:
-        with torch.no_grad():
-            log_p = widened(self._skeleton.head(self._teacher, teacher)).log_softmax(dim=-1)
-        log_q = widened(self._skeleton.head(weights, student)).log_softmax(dim=-1)
-        return F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+    def _kl(self, logits: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """KL(p ‖ q) of the student's logits, and its slope: of softmax q, q − p."""
+        log_p = widened(self._skeleton.head(self._teacher, teacher)).log_softmax(dim=-1)
+        log_q = logits.log_softmax(dim=-1)
+        p = log_p.exp()
+        return (p * log_p.sub_(log_q)).sum(), log_q.exp_().sub_(p)
 
 
 class _Gather:

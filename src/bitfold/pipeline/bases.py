@@ -29,7 +29,7 @@ from bitfold.pipeline.rewrite import Rewritten, fold_sites
 from bitfold.pipeline.streams import Streams, advance, batches, embedded
 from bitfold.pipeline.turned import Bases, TurnedSkeleton, turned_block
 from bitfold.pipeline.workdir import Workdir
-from bitfold.runtime.device import has_fast_bfloat16
+from bitfold.runtime.device import has_fast_bfloat16, quick_float32
 from bitfold.transforms import SiteTransform, fold
 from bitfold.transforms.groups import Transform
 from bitfold.transforms.rotation import Rotation
@@ -204,6 +204,7 @@ class Turning:
         return hidden
 
 
+@quick_float32()
 def take_bases(job: Job, workdir: Workdir, report: Report) -> None:
     """Turn the job's skeleton into learned bases where the recipe asks for them: those that a killed run of the same
     request recorded, or new ones, which are recorded."""

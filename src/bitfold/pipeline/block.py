@@ -18,6 +18,7 @@ from bitfold.pipeline.plan import Plan
 from bitfold.pipeline.rewrite import rewrite_block
 from bitfold.pipeline.round import round_block
 from bitfold.pipeline.streams import Streams
+from bitfold.runtime.device import quick_float32
 
 __all__ = ["QuantizedBlock", "quantize_block", "run_quantized"]
 
@@ -53,6 +54,7 @@ class QuantizedBlock:
 
 
 @torch.no_grad()
+@quick_float32()
 def quantize_block(
     skeleton: Skeleton,
     index: int,

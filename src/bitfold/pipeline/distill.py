@@ -24,12 +24,14 @@ from bitfold.pipeline.shards import block_from_tensors, block_tensors, check_sha
 from bitfold.pipeline.streams import Streams
 from bitfold.pipeline.student import Student
 from bitfold.pipeline.workdir import Workdir
+from bitfold.runtime.device import quick_float32
 
 __all__ = ["learn", "put_in"]
 
 Report = Callable[[int, int, str], None]
 
 
+@quick_float32()
 def learn(job: Job, workdir: Workdir, streams: Streams, report: Report) -> None:
     """Train the model in the shards, and record what was learned. The shards are read only.
 

@@ -1,6 +1,6 @@
 """One step of the loop over blocks: quantize a block, and take the streams through it."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -10,6 +10,7 @@ from bitfold.errors import CheckpointError
 from bitfold.pipeline.block import QuantizedBlock, quantize_block, run_quantized
 from bitfold.pipeline.job import Job
 from bitfold.pipeline.streams import Streams, advance
+from bitfold.runtime.device import quick_float32
 
 __all__ = ["refuse_nonfinite", "step"]
 
@@ -28,11 +29,11 @@ def step(
     name = skeleton.block_name(index)
     # What the original gives is known first: a block is held against it, and nothing is fitted to what is not finite.
     following = streams.probe_original.clone()
-    ahead = [following]
+    _advance_original(job, index, following)
     if streams.original is not None and "loss" in job.plan.recipe.needs:
         streams.ahead = streams.original.clone()
-        ahead.append(streams.ahead)
-    _advance_original(job, index, ahead)
+        with quick_float32():
+            _advance_original(job, index, streams.ahead)
     refuse_nonfinite(following, f"{name} of the original model", job)
 
     block = quantize_block(skeleton, index, job.plan, streams, job.dtype, report)
@@ -40,21 +41,21 @@ def step(
     advance(streams.probe_quantized, run, skeleton.device)
     refuse_nonfinite(streams.probe_quantized, f"{name} of the quantized model", job)
     streams.probe_original = following
-    if streams.quantized is not None:
-        advance(streams.quantized, run, skeleton.device)
-    if streams.ahead is not None:
-        streams.original, streams.ahead = streams.ahead, None
-    elif streams.original is not None:
-        _advance_original(job, index, [streams.original])
+    with quick_float32():
+        if streams.quantized is not None:
+            advance(streams.quantized, run, skeleton.device)
+        if streams.ahead is not None:
+            streams.original, streams.ahead = streams.ahead, None
+        elif streams.original is not None:
+            _advance_original(job, index, streams.original)
     return block
 
 
 @torch.no_grad()
-def _advance_original(job: Job, index: int, streams: Iterable[Tensor]) -> None:
-    """Replace streams by what the original's block makes of them, in place."""
+def _advance_original(job: Job, index: int, stream: Tensor) -> None:
+    """Replace a stream by what the original's block makes of it, in place."""
     weights = job.skeleton.load_block(index, job.dtype)
-    for stream in streams:
-        advance(stream, partial(job.skeleton.run, index, weights), job.skeleton.device)
+    advance(stream, partial(job.skeleton.run, index, weights), job.skeleton.device)
 
 
 def refuse_nonfinite(values: Tensor, what: str, job: Job) -> None:

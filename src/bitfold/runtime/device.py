@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, Literal
 
 import torch
 
 from bitfold.errors import RecipeError, did_you_mean
 
-__all__ = ["has_fast_bfloat16", "resolve_device", "resolve_dtype"]
+__all__ = ["has_fast_bfloat16", "quick_float32", "resolve_device", "resolve_dtype"]
 
 DTYPES = {
     "float64": torch.float64,
@@ -69,3 +72,42 @@ def has_fast_bfloat16(device: torch.device) -> bool:
         return True
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name, bool)() for name in checks)
+
+
+@contextmanager
+def quick_float32() -> Iterator[None]:
+    """Within this context the CPU's matrix products in float32 are oneDNN's where those are float32's to the last bits:
+    PyTorch's default, MKL, leaves half of what AMD's processors can do unused. The last bit is another one, so what is
+    compared with other programs' results for equality is computed outside. Also a decorator.
+    """
+    # The switch is meant to allow bfloat16 inside, and chooses oneDNN; where that has no units for it, the product is
+    # an ordinary one.
+    switch = _switch()
+    if switch is None or not _onednn_is_exact():
+        yield
+        return
+    before = switch.fp32_precision
+    switch.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        switch.fp32_precision = before
+
+
+def _switch() -> Any:
+    """Where PyTorch is told how oneDNN may multiply; None in a build without it."""
+    return getattr(torch.backends.mkldnn, "matmul", None)
+
+
+@cache
+def _onednn_is_exact() -> bool:
+    """Whether the products that `quick_float32` chooses are as exact as float32 is."""
+    switch = _switch()
+    before = switch.fp32_precision
+    x = torch.linspace(0.5, 1.5, 128 * 128).reshape(128, 128)
+    exact = x.double() @ x.double()
+    switch.fp32_precision = "bf16"
+    try:
+        return bool((x @ x - exact).norm() <= 1e-6 * exact.norm())
+    finally:
+        switch.fp32_precision = before

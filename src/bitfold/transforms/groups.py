@@ -89,7 +89,8 @@ class Transform(ABC):
     def defect(self) -> float:
         """‖A A⁻¹ − I‖ (largest entry): how far from an equivalence."""
         product = self.matrix @ self.inverse
-        return float((product - torch.eye(product.shape[-1], dtype=product.dtype)).abs().max())
+        unit = torch.eye(product.shape[-1], dtype=product.dtype)
+        return float((product.detach() - unit).abs().max())
 
 
 def fold(
