@@ -27,13 +27,25 @@ def test_products_are_as_exact_as_float32(shape: tuple[int, int, int]) -> None:
     assert float((found - exact).norm() / exact.norm()) < 1e-6
 
 
-def test_the_switch_goes_back_after_an_error_and_when_nested() -> None:
+def test_the_switch_goes_back_after_an_error() -> None:
     before = state()
-    with pytest.raises(RuntimeError, match="on purpose"), quick_float32():
-        with quick_float32():
-            inner = state()
-        assert state() == inner
+
+    @quick_float32()
+    def fails() -> None:
         raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fails()
+    assert state() == before
+
+
+def test_a_context_within_a_context_leaves_the_outer_one() -> None:
+    before = state()
+    with quick_float32():
+        outer = state()
+        with quick_float32():
+            pass
+        assert state() == outer
     assert state() == before
 
 
