@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitfold.numerics import MapShape, apply_map, for_queries, hadamard_matrix, turn_heads
+from bitfold.numerics import (
+    MapShape,
+    aligned,
+    apply_map,
+    for_queries,
+    hadamard_matrix,
+    turn_heads,
+)
 
 FLOAT64 = torch.float64
 
@@ -74,3 +81,20 @@ def test_matrices_of_heads_leave_the_product_of_queries_and_keys() -> None:
 def test_a_hadamard_matrix_is_no_identity() -> None:
     with pytest.raises(ValueError, match="no identity"):
         MapShape("hadamard", (1, 4, 1)).identity(torch.ones(1))
+
+
+@pytest.mark.parametrize("kind", ["view", "misaligned", "misaligned view"])
+def test_aligned_tensors_lie_as_loaders_have_them(kind: str) -> None:
+    memory = torch.randn(65)
+    tensor = memory[1:] if "misaligned" in kind else memory[:64]
+    matrix = tensor.reshape(8, 8)
+    matrix = matrix.T if "view" in kind else matrix
+    found = aligned(matrix)
+    assert torch.equal(found, matrix)
+    assert found.is_contiguous()
+    assert found.data_ptr() % 64 == 0
+
+
+def test_what_lies_well_is_not_copied() -> None:
+    matrix = torch.randn(8, 8)
+    assert aligned(matrix).data_ptr() == matrix.data_ptr()

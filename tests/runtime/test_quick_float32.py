@@ -28,7 +28,6 @@ def test_products_are_as_exact_as_float32(shape: tuple[int, int, int]) -> None:
 
 
 def test_the_switch_goes_back_after_an_error() -> None:
-    before = state()
 
     @quick_float32()
     def fails() -> None:
@@ -36,17 +35,16 @@ def test_the_switch_goes_back_after_an_error() -> None:
 
     with pytest.raises(RuntimeError, match="on purpose"):
         fails()
-    assert state() == before
+    assert state() == BEFORE
 
 
 def test_a_context_within_a_context_leaves_the_outer_one() -> None:
-    before = state()
     with quick_float32():
         outer = state()
         with quick_float32():
             pass
         assert state() == outer
-    assert state() == before
+    assert state() == BEFORE
 
 
 def test_a_cpu_that_would_multiply_in_bfloat16_is_left_alone(
@@ -60,11 +58,10 @@ def test_a_cpu_that_would_multiply_in_bfloat16_is_left_alone(
             return plain(x.bfloat16(), other.bfloat16()).float()
         return plain(x, other)
 
-    before = state()
     monkeypatch.setattr(torch.Tensor, "__matmul__", low)
     device._onednn_is_exact.cache_clear()
     try:
         with quick_float32():
-            assert state() == before
+            assert state() == BEFORE
     finally:
         device._onednn_is_exact.cache_clear()

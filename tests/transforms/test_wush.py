@@ -48,6 +48,8 @@ def test_both_moments_become_the_same(width: int) -> None:
 
 
 def test_nothing_runs_unless_it_is_asked_for() -> None:
+    assert not Wush().wants(SITE, {})
+    assert Wush(norms="online").wants(SITE, {})
     statistics = InputStatistics(NEEDS, 0)
     assert Wush().fit(SITE, {}, statistics, {}, Heads(1, 1, 8)) is None
     heads = Heads(1, 1, 8)
