@@ -11,6 +11,9 @@ SWITCH = getattr(torch.backends.mkldnn, "matmul", None)
 pytestmark = pytest.mark.skipif(SWITCH is None, reason="PyTorch is built without oneDNN")
 
 
+BEFORE = "" if SWITCH is None else str(SWITCH.fp32_precision)
+
+
 def state() -> str:
     assert SWITCH is not None
     return str(SWITCH.fp32_precision)
