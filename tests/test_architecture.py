@@ -96,7 +96,6 @@ MAY_REACH = {
     "rounding": ("statistics", "errors", "numerics", "part"),
     "transforms": ("errors", "models", "numerics", "part", "statistics"),
     "distillation": ("errors", "numerics", "part"),
-    "export": ("errors", "numerics"),
     "methods": ("errors", "numerics"),
     "checked": ("errors",),
     "scheme_text": ("checked", "errors", "numerics"),
@@ -109,6 +108,10 @@ MUST_NOT_REACH = {
     "allocation": (
         *("pipeline", "cli", "report", "recipe", "transforms", "corrections", "rounding"),
         *("export", "data"),
+    ),
+    "export": (
+        *("pipeline", "cli", "report", "recipe", "transforms", "ranges", "rounding", "data"),
+        *("evaluate", "runtime"),
     ),
     "data": ("pipeline", "cli", "report", "recipe", "models"),
     "evaluate": ("pipeline", "cli", "report", "recipe"),
