@@ -116,6 +116,7 @@ MUST_NOT_REACH = {
     "data": ("pipeline", "cli", "report", "recipe", "models"),
     "evaluate": ("pipeline", "cli", "report", "recipe"),
     "pipeline": ("cli", "report"),
+    "engines": ("cli", "report"),
 }
 
 

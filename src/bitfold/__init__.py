@@ -10,6 +10,7 @@ Importing bitfold also teaches transformers to load artifacts in bitfold's own f
 from bitfold.allocation import Mixed
 from bitfold.errors import BitfoldError
 from bitfold.evaluate import evaluate, generate
+from bitfold.export.exporting import export_to
 from bitfold.numerics import QuantizedTensor, Scheme
 from bitfold.pipeline.quantize import Quantization, quantize
 from bitfold.pipeline.sensitivity import Sensitivity, sensitivity
@@ -30,6 +31,7 @@ __all__ = [
     "Sensitivity",
     "__version__",
     "evaluate",
+    "export_to",
     "generate",
     "load",
     "load_tokenizer",

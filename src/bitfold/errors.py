@@ -7,6 +7,7 @@
     ├── DataError           calibration or evaluation text that cannot be used
     ├── OutputError         a place where the result cannot be written
     ├── EquivalenceError    a rewriting that changed what the model computes
+    ├── ExportError         a format that cannot hold a result
     ├── VerificationError   an artifact that is not what was simulated
     └── MissingExtraError   an optional dependency that is not installed
 
@@ -22,6 +23,7 @@ __all__ = [
     "CheckpointError",
     "DataError",
     "EquivalenceError",
+    "ExportError",
     "FamilyError",
     "MissingExtraError",
     "OutputError",
@@ -65,6 +67,10 @@ class OutputError(BitfoldError):
 
 class EquivalenceError(BitfoldError):
     """A rewriting that changed what the model computes."""
+
+
+class ExportError(BitfoldError):
+    """A format that cannot hold a result."""
 
 
 class VerificationError(BitfoldError):

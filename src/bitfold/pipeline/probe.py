@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -55,8 +55,8 @@ class Probe:
             )
 
     @classmethod
-    def load(cls, path: Path) -> "Probe":
-        """Read it back; raises VerificationError when it is missing or damaged."""
+    def load(cls, path: Path | BinaryIO) -> "Probe":
+        """Read it back, from a file or its bytes; raises VerificationError when it is missing or damaged."""
         try:
             with np.load(path, allow_pickle=False) as stored:
                 return cls(

@@ -1,0 +1,141 @@
+"""A model in llama.cpp's words: its architecture, the settings it reads, the names and the order of its weights."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from bitfold.errors import ExportError
+from bitfold.models.family import head_counts
+
+__all__ = ["DIALECTS", "Dialect", "dialect_of", "row_order", "settings", "without_offset"]
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """architecture: llama.cpp's name. interleaved: rotary pairs are adjacent there, half a head apart here, so that
+    rows of queries and keys change places. norm_offset: what a norm's stored gain lacks to be the factor."""
+
+    architecture: str
+    interleaved: bool = False
+    norm_offset: float = 0.0
+
+
+DIALECTS: Mapping[str, Dialect] = {
+    "llama": Dialect("llama", interleaved=True),
+    "mistral": Dialect("llama", interleaved=True),
+    "qwen2": Dialect("qwen2"),
+    "qwen3": Dialect("qwen3"),
+    "gemma": Dialect("gemma", norm_offset=1.0),
+    "gemma3_text": Dialect("gemma3", norm_offset=1.0),
+}
+# Gemma 3: every so many layers one sees all tokens, the others a window.
+_GEMMA3_PATTERN = 6
+
+
+def dialect_of(model_type: str) -> Dialect:
+    """Raises ExportError for a family that llama.cpp, or bitfold's way to it, does not have."""
+    try:
+        return DIALECTS[model_type]
+    except KeyError:
+        known = ", ".join(DIALECTS)
+        raise ExportError(
+            f"GGUF is written for {known}, not for '{model_type}': use another --to, or another model."
+        ) from None
+
+
+def settings(config: PretrainedConfig, dialect: Dialect) -> dict[str, Any]:
+    """What llama.cpp must know of a model, by key behind the architecture's name.
+
+    Raises ExportError where llama.cpp would compute something else.
+    """
+    made: Any = config
+    heads, kv_heads, head_dim = head_counts(config)
+    result: dict[str, Any] = {
+        "block_count": made.num_hidden_layers,
+        "context_length": made.max_position_embeddings,
+        "embedding_length": made.hidden_size,
+        "feed_forward_length": made.intermediate_size,
+        "vocab_size": made.vocab_size,
+        "attention.head_count": heads,
+        "attention.head_count_kv": kv_heads,
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+        "attention.layer_norm_rms_epsilon": float(made.rms_norm_eps),
+        "rope.dimension_count": head_dim,
+    }
+    _check_activation(made, dialect)
+    if dialect.architecture == "gemma3":
+        return result | _gemma3(made, head_dim)
+    window = getattr(made, "sliding_window", None)
+    used = window and getattr(made, "use_sliding_window", True)
+    if used and window < made.max_position_embeddings:
+        result["context_length"] = window  # llama.cpp lets every layer see all: the same up to here
+    return result | _rope(made.rope_parameters)
+
+
+def _check_activation(config: Any, dialect: Dialect) -> None:
+    asked = getattr(config, "hidden_activation", None) or config.hidden_act
+    expected = ("gelu_pytorch_tanh", "gelu") if dialect.norm_offset else ("silu", "swish")
+    if asked not in expected:
+        raise ExportError(
+            f"llama.cpp computes {expected[0]} in this architecture, the model has {asked}: it cannot run there."
+        )
+
+
+def _rope(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary embedding; that of Llama 3 has a tensor instead of settings."""
+    kind = parameters.get("rope_type", "default")
+    result: dict[str, Any] = {"rope.freq_base": float(parameters["rope_theta"])}
+    if kind == "linear":
+        return result | {
+            "rope.scaling.type": "linear",
+            "rope.scaling.factor": float(parameters["factor"]),
+        }
+    if kind != "default":
+        raise ExportError(
+            f"The model's rotary embedding is of type '{kind}', and bitfold writes default and linear ones to GGUF: "
+            "use another --to."
+        )
+    return result
+
+
+def _gemma3(config: Any, head_dim: int) -> dict[str, Any]:
+    """Layers with a window and without take turns, with a rotary embedding each."""
+    pattern = [(i + 1) % _GEMMA3_PATTERN != 0 for i in range(config.num_hidden_layers)]
+    if [kind == "sliding_attention" for kind in config.layer_types] != pattern:
+        raise ExportError(
+            f"llama.cpp lets every {_GEMMA3_PATTERN}th layer of a Gemma 3 see all tokens, this model's config.json "
+            "does not: it cannot run there."
+        )
+    if config.query_pre_attn_scalar != head_dim:
+        raise ExportError(
+            f"llama.cpp divides a Gemma 3's attention by √{head_dim}, this model by √{config.query_pre_attn_scalar:g}: "
+            "it cannot run there."
+        )
+    rope = config.rope_parameters
+    local = rope["sliding_attention"]["rope_theta"]
+    return _rope(rope["full_attention"]) | {
+        "attention.sliding_window": config.sliding_window,
+        "rope.freq_base_swa": float(local),
+    }
+
+
+def row_order(name: str, dialect: Dialect, config: PretrainedConfig) -> Tensor | None:
+    """In which order llama.cpp wants the rows of a parameter, by full name; None where it is ours."""
+    heads, kv_heads, head_dim = head_counts(config)
+    layer = name.rpartition(".")[0]
+    count = {"q_proj": heads, "k_proj": kv_heads}.get(layer.rpartition(".")[2])
+    if not dialect.interleaved or count is None:
+        return None
+    return torch.arange(count * head_dim).reshape(count, 2, -1).transpose(1, 2).flatten()
+
+
+def without_offset(name: str, value: Tensor, dialect: Dialect) -> Tensor:
+    """A norm's gain as the factor it is, float32; every other parameter as it is."""
+    if value.ndim == 1 and "norm" in name and name.endswith(".weight"):
+        return value.float() + dialect.norm_offset
+    return value

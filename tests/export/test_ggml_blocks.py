@@ -1,0 +1,108 @@
+"""Blocks against the dequantization of llama.cpp's own package."""
+
+import numpy as np
+import pytest
+import torch
+
+from bitfold.export.ggml_blocks import TYPES, smallest, store
+from bitfold.numerics import QuantizedTensor, TensorScheme, to_groups
+
+gguf = pytest.importorskip("gguf", reason="the extra 'gguf' is not installed")
+
+
+def weight(
+    bits: int, group: int | None, *, symmetric: bool, dtype: torch.dtype = torch.bfloat16
+) -> QuantizedTensor:
+    torch.manual_seed(bits)
+    values = torch.randn(6, 512) + 0.3
+    scheme = TensorScheme(
+        bits=bits,
+        symmetric=symmetric,
+        granularity="group" if group else "channel",
+        group_size=group,
+    )
+    groups = to_groups(values, scheme)
+    low, high = groups.aminmax(dim=-1, keepdim=True)
+    return QuantizedTensor.from_limits(values, low, high, scheme, dtype)
+
+
+def engine_values(tensor: QuantizedTensor) -> tuple[str, np.ndarray]:
+    """The type, and what llama.cpp makes of the bytes."""
+    kind = smallest(tensor)
+    assert kind is not None
+    stored = store(tensor, kind)
+    assert stored.scale_error == 0
+    assert stored.data.shape == (6, 512 // kind.inputs * kind.size)
+    type_ = gguf.GGMLQuantizationType[kind.name]
+    assert gguf.GGML_QUANT_SIZES[type_] == (kind.inputs, kind.size)
+    return kind.name, gguf.quants.dequantize(stored.data, type_)
+
+
+CASES = [
+    (2, None, True, "Q2_K"),
+    (2, None, False, "Q2_K"),
+    (2, 256, False, "Q2_K"),
+    (2, 64, False, "Q4_0"),
+    (3, None, True, "Q3_K"),
+    (3, 128, True, "Q4_0"),
+    (3, 128, False, "Q4_0"),
+    (4, 32, True, "Q4_0"),
+    (4, None, True, "Q4_0"),
+    (4, None, False, "Q4_K"),
+    (4, 256, False, "Q4_K"),
+    (4, 128, False, "Q5_0"),
+    (5, 128, True, "Q5_0"),
+    (5, None, False, "Q5_K"),
+    (6, None, True, "Q6_K"),
+    (6, 128, False, "Q8_0"),
+    (8, 32, True, "Q8_0"),
+]
+
+
+@pytest.mark.parametrize(("bits", "group", "symmetric", "name"), CASES)
+def test_llama_cpp_reads_the_same_values(
+    bits: int, group: int | None, symmetric: bool, name: str
+) -> None:
+    tensor = weight(bits, group, symmetric=symmetric)
+    found, values = engine_values(tensor)
+    assert found == name
+    assert np.array_equal(values, tensor.dequantize(torch.float32).numpy())
+
+
+@pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)
+def test_every_type_holds_its_whole_range(kind) -> None:  # type: ignore[no-untyped-def]
+    """All integers, and all zero-points, in all places of a block."""
+    span = kind.high - kind.low + 1
+    torch.manual_seed(0)
+    units = torch.randint(0, span, (6 * 512 // kind.inputs, kind.inputs))
+    zero = torch.randint(0, (kind.most_zero or 0) + 1, (len(units),))
+    scale = torch.rand(len(units), 1).half()
+    data = kind.pack(
+        units.to(torch.uint8).numpy(), zero.to(torch.uint8).numpy(), scale.view(torch.uint8).numpy()
+    )
+    values = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind.name])
+    shift = zero[:, None] if kind.most_zero is not None else -kind.low
+    expected = scale.float() * (units - shift)
+    assert np.allclose(values, expected.numpy(), rtol=1e-6, atol=1e-6)
+
+
+def test_scales_that_half_precision_rounds_are_measured() -> None:
+    tensor = weight(4, 32, symmetric=True, dtype=torch.float32)
+    stored = store(tensor, TYPES[2])
+    assert 0 < stored.scale_error <= 2**-11
+    values = gguf.quants.dequantize(stored.data, gguf.GGMLQuantizationType.Q4_0)
+    exact = tensor.dequantize(torch.float32).numpy()
+    assert np.abs(values - exact).max() <= stored.scale_error * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("factor", [1e-9, 1e6])
+def test_scales_out_of_range_are_refused(factor: float) -> None:
+    tensor = weight(4, 32, symmetric=True, dtype=torch.float32)
+    wrong = QuantizedTensor(tensor.codes, tensor.scale * factor, None, tensor.scheme)
+    with pytest.raises(OverflowError, match="half precision"):
+        store(wrong, TYPES[2])
+
+
+def test_what_no_type_holds() -> None:
+    assert smallest(weight(8, 32, symmetric=False)) is None
+    assert smallest(weight(4, 16, symmetric=True)) is None
