@@ -22,7 +22,7 @@ from bitfold.export.ggml_blocks import smallest, store
 from bitfold.export.gguf_model import Dialect, dialect_of, row_order, settings, without_offset
 from bitfold.export.gguf_tokenizer import add_tokenizer
 from bitfold.export.reading import StoredModel
-from bitfold.models.skeleton import read_config
+from bitfold.models.config import read_config
 from bitfold.numerics import QuantizedTensor
 
 __all__ = ["export_gguf"]

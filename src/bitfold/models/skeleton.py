@@ -12,15 +12,16 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from bitfold.errors import CheckpointError, FamilyError
 from bitfold.models import Family, family_of
 from bitfold.models.checkpoint import Checkpoint
+from bitfold.models.config import read_config, said_of
 from bitfold.runtime.attention import ATTENTION
 from bitfold.runtime.online import running_online
 
-__all__ = ["Skeleton", "read_config"]
+__all__ = ["Skeleton"]
 
 _WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # Buffers and duplicates that old checkpoints carry and no model needs.
@@ -60,7 +61,7 @@ class Skeleton:
             Exception
         ) as error:  # a model's code may raise anything over a value that it did not expect
             raise CheckpointError(
-                f"{checkpoint.path / 'config.json'} describes no network that can be built ({_reason(error)}): "
+                f"{checkpoint.path / 'config.json'} describes no network that can be built ({said_of(error)}): "
                 "copy or download it again."
             ) from error
         model.tie_weights()
@@ -281,27 +282,6 @@ class _PassOn(nn.Module):
 
     def forward(self, hidden: Tensor, **arguments: Any) -> Tensor:
         return self._detour.passing(hidden, arguments)
-
-
-def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
-    """The checkpoint's config as transformers reads it.
-
-    Raises CheckpointError where it cannot be read.
-    """
-    try:
-        return AutoConfig.from_pretrained(checkpoint.path)
-    except Exception as error:
-        # transformers and huggingface_hub raise a dozen classes here, all about this file.
-        raise CheckpointError(
-            f"{checkpoint.path / 'config.json'} is not a valid config ({_reason(error)}): "
-            "copy or download it again."
-        ) from error
-
-
-def _reason(error: Exception) -> str:
-    """What transformers says of a value, without the names of the validators it went through."""
-    said = str(error).rpartition("Error: ")[2].strip().rstrip(".")
-    return said if " " in said else f"{type(error).__name__}: {said}"
 
 
 def _original_config(checkpoint: Checkpoint) -> PretrainedConfig:

@@ -7,9 +7,9 @@ from typing import Any
 from bitfold.errors import BitfoldError
 from bitfold.models import family_of
 from bitfold.models.checkpoint import Checkpoint
+from bitfold.models.config import read_config
 from bitfold.models.family import head_counts
 from bitfold.models.headers import read_json
-from bitfold.models.skeleton import read_config
 from bitfold.runtime.checkpoint import find_checkpoint
 
 __all__ = ["describe"]
