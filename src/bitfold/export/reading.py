@@ -55,6 +55,14 @@ class StoredModel:
             seen.add(whole)
             yield whole
 
+    def file_of(self, name: str) -> str:
+        """The file that a parameter lies in."""
+        layer = name.removesuffix(".weight")
+        stored = (name, *(f"{layer}.{part}" for part in _PARTS))
+        return next(
+            self.checkpoint.tensors[one].file for one in stored if one in self.checkpoint.tensors
+        )
+
     def read(self, name: str) -> QuantizedTensor | Tensor:
         """The parameter of a full name: a weight [out, in] in few bits, or a tensor in the dtype it is stored in.
 
