@@ -6,11 +6,21 @@ Shape suffixes: n windows, T predicted tokens of a window, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-__all__ = ["TokenStatistics", "mean_and_error", "quantile", "token_statistics"]
+__all__ = [
+    "TokenStatistics",
+    "divergence_figures",
+    "join",
+    "mean_and_error",
+    "perplexity_and_error",
+    "quantile",
+    "token_statistics",
+]
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,19 @@ kl=tensor([0., 0.], dtype=torch.float64), agree=tensor([1., 1.], dtype=torch.flo
     return TokenStatistics(nll_T, terms.sum(-1, dtype=torch.float64), agree_T.double())
 
 
+def join(
+    parts: Sequence[TokenStatistics],
+    then: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
+) -> TokenStatistics:
+    """Parts one after the other, each field made what `then` makes of it."""
+    nll = then(torch.cat([part.nll for part in parts]))
+    kl = [part.kl for part in parts if part.kl is not None]
+    agree = [part.agree for part in parts if part.agree is not None]
+    return TokenStatistics(
+        nll, then(torch.cat(kl)) if kl else None, then(torch.cat(agree)) if agree else None
+    )
+
+
 def mean_and_error(values_nT: torch.Tensor) -> tuple[float, float | None]:
     """The mean, and its standard error clustered by window: None with one window.
 
@@ -64,6 +87,31 @@ def mean_and_error(values_nT: torch.Tensor) -> tuple[float, float | None]:
     means_n = values_nT.mean(dim=-1)
     error = float(means_n.std()) / math.sqrt(len(means_n)) if len(means_n) > 1 else None
     return float(means_n.mean()), error
+
+
+def perplexity_and_error(nll_nT: torch.Tensor) -> tuple[float | None, float | None]:
+    """Perplexity and its standard error by the delta method, exp(m) · se(m); None where it is no finite number."""
+    mean, error = mean_and_error(nll_nT)
+    if not math.isfinite(mean) or mean > 700:  # e^710 is beyond float64
+        return None, None
+    return math.exp(mean), math.exp(mean) * error if error is not None else None
+
+
+def divergence_figures(kl_nT: torch.Tensor, agree_nT: torch.Tensor) -> dict[str, Any]:
+    """kl_* and top1_* of a comparison, and `compared`; that alone where a divergence is no finite number."""
+    if not kl_nT.isfinite().all():
+        return {"compared": True}
+    kl_mean, kl_se = mean_and_error(kl_nT)
+    top1_agreement, top1_se = mean_and_error(agree_nT)
+    return {
+        "compared": True,
+        "kl_mean": kl_mean,
+        "kl_median": quantile(kl_nT, 0.5),
+        "kl_p99": quantile(kl_nT, 0.99),
+        "kl_se": kl_se,
+        "top1_agreement": top1_agreement,
+        "top1_se": top1_se,
+    }
 
 
 def quantile(values: torch.Tensor, q: float) -> float:
