@@ -9,7 +9,7 @@ Importing bitfold also teaches transformers to load artifacts in bitfold's own f
 
 from bitfold.allocation import Mixed
 from bitfold.errors import BitfoldError
-from bitfold.evaluate import evaluate, generate
+from bitfold.evaluate import evaluate, evaluate_tasks, generate
 from bitfold.numerics import QuantizedTensor, Scheme
 from bitfold.pipeline.quantize import Quantization, quantize
 from bitfold.pipeline.sensitivity import Sensitivity, sensitivity
@@ -30,6 +30,7 @@ __all__ = [
     "Sensitivity",
     "__version__",
     "evaluate",
+    "evaluate_tasks",
     "generate",
     "load",
     "load_tokenizer",

@@ -3,14 +3,21 @@
 from bitfold.evaluate.generation import Generation, generate
 from bitfold.evaluate.memory import peak_rss_mb
 from bitfold.evaluate.perplexity import Evaluation, TextEvaluation, evaluate
+from bitfold.evaluate.scores import Figure, TaskEvaluation, TaskScore, TasksEvaluation
 from bitfold.evaluate.statistics import TokenStatistics, token_statistics
+from bitfold.evaluate.tasks import evaluate_tasks
 
 __all__ = [
     "Evaluation",
+    "Figure",
     "Generation",
+    "TaskEvaluation",
+    "TaskScore",
+    "TasksEvaluation",
     "TextEvaluation",
     "TokenStatistics",
     "evaluate",
+    "evaluate_tasks",
     "generate",
     "peak_rss_mb",
     "token_statistics",

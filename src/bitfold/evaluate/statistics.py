@@ -14,6 +14,7 @@ import torch
 
 __all__ = [
     "TokenStatistics",
+    "at_least_float32",
     "divergence_figures",
     "join",
     "mean_and_error",
@@ -37,6 +38,11 @@ class TokenStatistics:
     agree: torch.Tensor | None
 
 
+def at_least_float32(logits: torch.Tensor) -> torch.Tensor:
+    """Logits in the dtype their softmax is taken in."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
 def token_statistics(
     logits_TV: torch.Tensor, reference_TV: torch.Tensor | None, next_T: torch.Tensor
 ) -> TokenStatistics:
@@ -50,11 +56,11 @@ def token_statistics(
     TokenStatistics(nll=tensor([0.6931, 0.0000], dtype=torch.float64), \
 kl=tensor([0., 0.], dtype=torch.float64), agree=tensor([1., 1.], dtype=torch.float64))
     """
-    log_q = torch.log_softmax(_at_least_float32(logits_TV), dim=-1)
+    log_q = torch.log_softmax(at_least_float32(logits_TV), dim=-1)
     nll_T = -log_q.gather(-1, next_T[:, None]).squeeze(-1).double() + 0.0  # + 0.0: no −0
     if reference_TV is None:
         return TokenStatistics(nll_T, None, None)
-    log_p = torch.log_softmax(_at_least_float32(reference_TV), dim=-1)
+    log_p = torch.log_softmax(at_least_float32(reference_TV), dim=-1)
     # In place from here: at a vocabulary of 150,000 each copy counts.
     terms = log_q.neg_().add_(log_p)
     p = log_p.exp_()
@@ -124,7 +130,3 @@ def quantile(values: torch.Tensor, q: float) -> float:
     place = q * (len(ordered) - 1)
     below, above = math.floor(place), math.ceil(place)
     return float(torch.lerp(ordered[below], ordered[above], place - below))
-
-
-def _at_least_float32(logits: torch.Tensor) -> torch.Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
