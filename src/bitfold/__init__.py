@@ -9,7 +9,7 @@ Importing bitfold also teaches transformers to load artifacts in bitfold's own f
 
 from bitfold.allocation import Mixed
 from bitfold.errors import BitfoldError
-from bitfold.evaluate import evaluate, evaluate_tasks, generate
+from bitfold.evaluate import evaluate, evaluate_kl_base, evaluate_tasks, generate, write_kl_base
 from bitfold.numerics import QuantizedTensor, Scheme
 from bitfold.pipeline.quantize import Quantization, quantize
 from bitfold.pipeline.sensitivity import Sensitivity, sensitivity
@@ -30,6 +30,7 @@ __all__ = [
     "Sensitivity",
     "__version__",
     "evaluate",
+    "evaluate_kl_base",
     "evaluate_tasks",
     "generate",
     "load",
@@ -38,4 +39,5 @@ __all__ = [
     "quantized_cache",
     "sensitivity",
     "verify",
+    "write_kl_base",
 ]

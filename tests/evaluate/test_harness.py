@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
+from questions import QUESTIONS, write_lines
 
 import bitfold
 from bitfold.assets import DEMO_MODEL
@@ -12,7 +13,6 @@ from bitfold.errors import DataError, MissingExtraError
 from bitfold.evaluate import evaluate_tasks
 from bitfold.evaluate.harness import find_tasks
 from bitfold.runtime.load import load, load_tokenizer
-from questions import QUESTIONS, write_lines
 
 METRICS = ("acc", "acc_norm", "acc_bytes")
 

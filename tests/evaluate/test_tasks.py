@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from questions import QUESTIONS, write_lines
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from bitfold.assets import DEMO_MODEL
@@ -16,7 +17,6 @@ from bitfold.evaluate.choices import read_questions
 from bitfold.evaluate.likelihood import Continuation, encode_pair, log_likelihoods
 from bitfold.evaluate.scores import mean_figure
 from bitfold.runtime.load import load, load_tokenizer
-from questions import QUESTIONS, write_lines
 
 VOCAB = 4096
 

@@ -31,7 +31,7 @@ from bitfold.evaluate.statistics import (
 from bitfold.runtime.device import quick_float32
 from bitfold.runtime.load import load_tokenizer
 
-__all__ = ["Evaluation", "TextEvaluation", "evaluate"]
+__all__ = ["Evaluation", "TextEvaluation", "evaluate", "summed_up"]
 
 LOGITS_PER_BATCH = 2**22
 """Elements; larger batches are no faster, and fall out of the allocator's reuse."""
@@ -156,7 +156,7 @@ def evaluate(
                 done += len(batch_BL)
                 if progress is not None:
                     progress(done, total)
-            figures[name] = _summary(join(parts), length)
+            figures[name] = summed_up(join(parts), length)
     return Evaluation(figures)
 
 
@@ -232,7 +232,7 @@ def _logits(model: PreTrainedModel, batch_BL: torch.Tensor) -> torch.Tensor:
 # --- summing up ---
 
 
-def _summary(statistics: TokenStatistics, length: int) -> TextEvaluation:
+def summed_up(statistics: TokenStatistics, length: int) -> TextEvaluation:
     """Figures from the statistics [n, L−1] of all windows of a text."""
     finite = statistics.nll.isfinite()
     perplexity, perplexity_se = perplexity_and_error(statistics.nll)
