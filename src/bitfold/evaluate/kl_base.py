@@ -15,6 +15,7 @@ from bitfold.data.text import windows as cut_windows
 from bitfold.errors import DataError
 from bitfold.evaluate.logits_file import (
     LogitsFile,
+    check_place,
     decode_rows,
     encode_rows,
     read_logits_file,
@@ -120,6 +121,7 @@ def write_kl_base(
     Raises DataError for text or logits that cannot be used, OutputError for a place that is taken or full.
     """
     path = Path(path).expanduser()
+    check_place(path)
     content = read_text(Path(text))
     _check_windows(windows)
     tokenizer = tokenizer_of(model, tokenizer, trust_remote_code=trust_remote_code)

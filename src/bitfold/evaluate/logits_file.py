@@ -2,12 +2,12 @@
 
     8 bytes   "_logits_"
     int32     n_ctx, n_vocab, n_chunk
-    int32     tokens [n_chunk, n_ctx], as the text was cut; a BOS, where there is one, models see in place of a chunk's first
+    int32     tokens [n_chunk, n_ctx], as the text was cut; a BOS is not in them, but in place of a chunk's first
     rows      [n_chunk, n_ctx − 1 − n_ctx // 2], for the logits of positions n_ctx // 2 … n_ctx − 2 of each chunk:
               float32 scale, float32 low, uint16 codes [n_vocab, made even];  log p = scale · code + low
 
-All little-endian. A row reaches from its largest logit 16 nats down; what is below has code 0. In llama.cpp the layout is
-that of tools/perplexity/perplexity.cpp.
+All little-endian. A row reaches from its largest logit 16 nats down; what is below has code 0. llama.cpp has the
+layout in tools/perplexity/perplexity.cpp.
 
 Shape suffixes: n chunks, L tokens of a chunk, T predicted tokens, V vocabulary.
 """
@@ -28,7 +28,14 @@ import torch
 
 from bitfold.errors import DataError, OutputError
 
-__all__ = ["LogitsFile", "decode_rows", "encode_rows", "read_logits_file", "writing_logits_file"]
+__all__ = [
+    "LogitsFile",
+    "check_place",
+    "decode_rows",
+    "encode_rows",
+    "read_logits_file",
+    "writing_logits_file",
+]
 
 MAGIC = b"_logits_"
 HEADER = struct.Struct("<8s3i")
@@ -191,7 +198,8 @@ def writing_logits_file(file: LogitsFile) -> Iterator[Any]:
     """
     path = file.path
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    _check_place(path, file.bytes)
+    check_place(path)
+    _check_room(path, file.bytes)
     try:
         with temporary.open("xb") as output:
             length = file.tokens.shape[1]
@@ -207,11 +215,15 @@ def writing_logits_file(file: LogitsFile) -> Iterator[Any]:
         temporary.unlink(missing_ok=True)
 
 
-def _check_place(path: Path, size: int) -> None:
-    if path.exists():
+def check_place(path: Path) -> None:
+    """Raise OutputError for a place that is taken or is none."""
+    if path.exists() or path.is_symlink():
         raise OutputError(f"{path} is there already: remove it, or choose another name.")
     if not path.parent.is_dir():
         raise OutputError(f"There is no directory {path.parent}: make it, or choose another place.")
+
+
+def _check_room(path: Path, size: int) -> None:
     free = shutil.disk_usage(path.parent).free
     if free < size:
         raise OutputError(
