@@ -37,7 +37,7 @@ def evaluation_table(figures: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def tasks_table(figures: Mapping[str, Mapping[str, Any]]) -> Table:
-    """What `evaluate_tasks` found, a row per task and figure; `same` is the share of answers that are the original's."""
+    """What `evaluate_tasks` found, a row per task and figure; `same`: the share of answers that are the original's."""
     compared = any("original" in task for task in figures.values())
     columns = ["task", "n", "figure", "value"]  # short: a terminal has 80 columns
     columns += ["original", "recovery", "same"] if compared else []
