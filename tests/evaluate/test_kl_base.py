@@ -269,6 +269,19 @@ def test_a_broken_model_is_counted(base, tokenizer):
     json.dumps(found, allow_nan=False)
 
 
+def test_a_broken_row_of_the_file_is_counted(base, model, tokenizer, tmp_path):
+    """As a program writes it whose model broke on one token."""
+    content = bytearray(base.read_bytes())
+    place = 20 + 4 * 9 * LENGTH
+    content[place : place + 4] = struct.pack("<f", float("nan"))
+    path = tmp_path / "broken.kld"
+    path.write_bytes(content)
+    found = evaluate_kl_base(model, path, tokenizer=tokenizer).to_json()
+    assert found["kl_mean"] is found["base_perplexity"] is found["perplexity_ratio"] is None
+    assert found["nonfinite_tokens"] == 1
+    assert found["perplexity"] > 1
+
+
 # --- what cannot be ---
 
 

@@ -257,9 +257,8 @@ def _against_base(
     """As llama.cpp compares: what the file has far below the likeliest is left out, and nothing is normalized again."""
     log_q = torch.log_softmax(at_least_float32(logits_TV), dim=-1)
     terms = torch.where(base_TV > COUNTED_ABOVE, base_TV.exp() * (base_TV - log_q), 0)
-    terms[base_TV.isnan().any(-1)] = (
-        torch.nan
-    )  # a broken row compares false, and would be no distance
+    # A row of NaN is above nothing: it would be at no distance.
+    terms[base_TV.isnan().any(-1)] = torch.nan
     agree_T = logits_TV.argmax(-1) == base_TV.argmax(-1)
     return TokenStatistics(
         _chosen(-log_q, next_T), terms.sum(-1, dtype=torch.float64), agree_T.double()
