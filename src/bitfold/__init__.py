@@ -9,7 +9,7 @@ Importing bitfold also teaches transformers to load artifacts in bitfold's own f
 
 from bitfold.allocation import Mixed
 from bitfold.errors import BitfoldError
-from bitfold.evaluate import evaluate, generate
+from bitfold.evaluate import evaluate, evaluate_kl_base, evaluate_tasks, generate, write_kl_base
 from bitfold.export.exporting import export_to
 from bitfold.numerics import QuantizedTensor, Scheme
 from bitfold.pipeline.quantize import Quantization, quantize
@@ -31,6 +31,8 @@ __all__ = [
     "Sensitivity",
     "__version__",
     "evaluate",
+    "evaluate_kl_base",
+    "evaluate_tasks",
     "export_to",
     "generate",
     "load",
@@ -39,4 +41,5 @@ __all__ = [
     "quantized_cache",
     "sensitivity",
     "verify",
+    "write_kl_base",
 ]

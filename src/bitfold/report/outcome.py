@@ -9,7 +9,13 @@ from rich.table import Table
 
 from bitfold.report import terminal
 
-__all__ = ["pareto_table", "print_estimate", "print_quantization", "print_sensitivity"]
+__all__ = [
+    "pareto_table",
+    "print_estimate",
+    "print_generation",
+    "print_quantization",
+    "print_sensitivity",
+]
 
 
 def print_estimate(result: Any, out: Path) -> None:
@@ -52,6 +58,21 @@ def print_quantization(result: Any) -> None:
     console.print("\n[bold]Use it[/]")
     for line in result.usage:
         console.print(f"  {escape(line)}")
+
+
+def print_generation(result: Any, prompt: str) -> None:
+    """What was written, how fast, and in what memory."""
+    console = terminal.console()
+    console.print(f"[dim]{escape(prompt)}[/]{escape(result.text)}")
+    speed = result.decode_tokens_per_second
+    console.print(
+        f"[dim]{result.prompt_tokens} prompt tokens in {result.prefill_seconds:.2f} s, {result.new_tokens} new ones"
+        f"{f' at {speed:.1f} a second' if speed else ''}, peak memory {result.peak_rss_mb:.0f} MB\n"
+        f"cache {result.cache_bytes:,} bytes, {result.cache_bytes_per_token:,.0f} a token "
+        f"(in bfloat16 {result.cache_bytes_bf16:,})[/]"
+    )
+    for note in result.cache_notes:
+        console.print(f"[dim]{escape(note)}[/]")
 
 
 def pareto_table(allocation: Mapping[str, Any]) -> Table:

@@ -1,5 +1,6 @@
 """How far a run is: a bar on a terminal, lines in a log."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,9 @@ __all__ = ["showing_progress"]
 def showing_progress(what: str) -> Iterator[Callable[[float, int, str], None]]:
     """On stderr: a bar with the time left, or in a log a line for every tenth of the way."""
     console = terminal.console(stderr=True)
+    console.file = (
+        sys.stderr
+    )  # as it is now: libraries below are silenced by redirecting it, the bar is not
     if not console.is_terminal:
         yield _lines(console, what)
         return
