@@ -8,6 +8,7 @@
     ├── OutputError         a place where the result cannot be written
     ├── EquivalenceError    a rewriting that changed what the model computes
     ├── VerificationError   an artifact that is not what was simulated
+    ├── EngineError         an engine that is not there, or that cannot run an artifact
     └── MissingExtraError   an optional dependency that is not installed
 
 The command line prints the sentence and exits with 1; anything else that is raised is a defect of bitfold.
@@ -21,6 +22,7 @@ __all__ = [
     "BitfoldError",
     "CheckpointError",
     "DataError",
+    "EngineError",
     "EquivalenceError",
     "FamilyError",
     "MissingExtraError",
@@ -69,6 +71,10 @@ class EquivalenceError(BitfoldError):
 
 class VerificationError(BitfoldError):
     """An artifact that is not what was simulated."""
+
+
+class EngineError(BitfoldError):
+    """An engine that is not there, or that cannot run an artifact."""
 
 
 class MissingExtraError(BitfoldError):

@@ -9,7 +9,13 @@ from rich.table import Table
 
 from bitfold.report import terminal
 
-__all__ = ["pareto_table", "print_estimate", "print_quantization", "print_sensitivity"]
+__all__ = [
+    "pareto_table",
+    "print_engine_verification",
+    "print_estimate",
+    "print_quantization",
+    "print_sensitivity",
+]
 
 
 def print_estimate(result: Any, out: Path) -> None:
@@ -101,3 +107,26 @@ def print_sensitivity(result: Any) -> None:
 
 def _figure(kl: float | None) -> str:
     return "not finite" if kl is None else f"{kl:.3g}"
+
+
+def print_engine_verification(result: Any) -> None:
+    """That an artifact computes in an engine what was simulated, and how far apart they are."""
+    heads = ["", "tokens", f"perplexity in {result.engine}", "in PyTorch"]
+    heads += ["mean difference (of rounding)", "largest (of rounding)"]
+    rows = [
+        [
+            name,
+            f"{text.tokens:,}",
+            f"{text.perplexity:,.2f}",
+            f"{text.simulation_perplexity:,.2f}",
+            f"{text.mean_difference:.4f} ({text.rounding_mean:.4f})",
+            f"{text.max_difference:.3f} ({text.rounding_max:.3f})",
+        ]
+        for name, text in result.texts.items()
+    ]
+    console = terminal.console()
+    console.print(terminal.table(heads, rows))
+    console.print(
+        f"[green]verified[/] in {result.engine} {result.version}, {result.dtype}: log-probabilities differ from the "
+        f"simulation's (in nats) as rounding to {result.dtype} explains"
+    )

@@ -1,0 +1,1 @@
+"""Other programs that run artifacts, each in an environment of its own."""
