@@ -76,9 +76,10 @@ def _page(rows: list[Row]) -> str:
     return "\n".join(
         [
             "# Which schemes run where\n",
-            "Artifacts of tiny-llama by `rtn`. Plain transformers: by compressed-tensors, without bitfold. vLLM: on the CPU,",
-            "8 windows of 255 or 256 tokens of the embedded text; differences of log-probabilities in nats, of the token that",
-            "comes next and the 19 likeliest others, against PyTorch; of rounding: PyTorch in that dtype against a wider one.\n",
+            "Artifacts of tiny-llama by `rtn`. transformers: whether it loads them without bitfold. vLLM: on the CPU,",
+            "8 windows of 256 tokens of the embedded text. Differences are of log-probabilities in nats, of the token",
+            "that comes next and the 19 likeliest others, in vLLM and in PyTorch; those of rounding are of PyTorch in",
+            "the dtype of vLLM and in a wider one.\n",
             f"`{command_line()}`\n",
             provenance(rows),
             "",

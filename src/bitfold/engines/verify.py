@@ -1,9 +1,9 @@
 """Is what an engine computes what was simulated? The artifact runs there and in PyTorch, on the same tokens.
 
-How far apart two right answers may be is no constant. In bfloat16 it is 0.015 nats of a small model's log-probabilities.
-Where inputs are quantized, a last bit that differs moves codes, which move others: float32 and float64 are then nearly as
-far apart as inputs in 8 bits and in 16. So the tolerance is measured: it is what rounding to the dtype in which the
-engine runs does to this artifact on these tokens in PyTorch (docs/engines.md).
+How far apart two right answers may be is no constant. In bfloat16 it was 0.015 nats of a small model's
+log-probabilities. Where inputs are quantized, a last bit that differs moves codes, which move others: float32 and
+float64 are then nearly as far apart as inputs in 8 bits and in 16. So the tolerance is measured: it is what rounding to
+the dtype in which the engine runs does to this artifact on these tokens in PyTorch (docs/engines.md).
 """
 
 import json
@@ -200,7 +200,8 @@ def _ask(
     say: Callable[[str], None],
 ) -> tuple[dict[str, Answer], str, str]:
     """Answers by name of the text, the engine's version and dtype; of the first of `dtypes` in which it runs."""
-    np.savez(directory / "tokens.npz", **{name: rows.numpy() for name, rows in windows.items()})
+    tokens: dict[str, Any] = {name: rows.numpy() for name, rows in windows.items()}
+    np.savez(directory / "tokens.npz", **tokens)
     request: dict[str, Any] = {
         "model": str(out),
         "length": max(rows.shape[1] for rows in windows.values()),

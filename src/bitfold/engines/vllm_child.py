@@ -52,7 +52,7 @@ def main(directory: Path) -> None:
         dtype = request["dtype"].replace("auto", "the checkpoint's dtype")
         say({"doing": f"starting vLLM {vllm.__version__} in {dtype}"})
         engine = _start(vllm, request)
-        arrays = {}
+        arrays: dict[str, Any] = {}
         for name, rows in windows.items():
             say({"doing": f"running vLLM on the {name}"})
             arrays |= _log_probabilities(vllm, engine, name, rows, request["most"])
