@@ -74,7 +74,7 @@ def run_script(
 
 def say_shortly(text: str) -> str:
     """What a library says, as a part of a sentence."""
-    return textwrap.shorten(text, width=400, placeholder=" …").rstrip(".")
+    return textwrap.shorten(text, width=500, placeholder=" …").rstrip(".")
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from bitfold.engines.simulation import Simulation
 from bitfold.errors import BitfoldError, DataError, EngineError, VerificationError, did_you_mean
 from bitfold.models.headers import read_json
 from bitfold.pipeline.probe import PROBE_FILE, Probe
-from bitfold.pipeline.verify import verify
+from bitfold.pipeline.verify import check_artifact, verify
 from bitfold.runtime.checkpoint import find_checkpoint
 from bitfold.runtime.load import load_tokenizer
 
@@ -111,10 +111,11 @@ def verify_in_engine(
     something else than was simulated.
     """
     say = progress or (lambda what: None)
-    interpreter = check_engine(engine, python)
     out = find_checkpoint(out).absolute()
+    check_artifact(out)
     dtypes = _dtypes_to_ask_for(out)
     windows = _windows(out, text)
+    interpreter = check_engine(engine, python)
     verify(out, device=device, progress=progress)
 
     with tempfile.TemporaryDirectory(prefix="bitfold-engine-") as directory:
@@ -214,7 +215,10 @@ def _ask(
         if "done" in said:
             break
     else:
-        raise EngineError(f"vLLM cannot run {out}: {say_shortly(said['failed'])}")
+        raise EngineError(
+            f"{out} does not run in vLLM ({say_shortly(said['failed'])}): choose a scheme that does there "
+            "(docs/engines.md)"
+        )
     with np.load(directory / "answer.npz", allow_pickle=False) as stored:
         answers = {
             name: Answer(
@@ -232,10 +236,10 @@ def _ask(
 def _check_inputs(out: Path, engine: str, found: Distance, weights_only: Distance) -> None:
     if weights_only.mean < _NEARER * found.mean:
         raise VerificationError(
-            f"{engine} does not quantize the inputs of {out}: its log-probabilities differ from the simulation's by "
-            f"{found.mean:.4f} nats in the mean, and from those of its weights alone by {weights_only.mean:.4f}; "
-            "what it computes is more exact than the scheme, and as slow as if only the weights were quantized "
-            "(docs/engines.md)."
+            f"{out} runs in {engine}, but its inputs are not quantized there: log-probabilities differ from the "
+            f"simulation's by {found.mean:.4f} nats in the mean, and from those of the weights alone by "
+            f"{weights_only.mean:.4f}: choose a scheme that quantizes weights only, or one whose inputs are quantized "
+            "there (docs/engines.md)."
         )
 
 
@@ -245,7 +249,7 @@ def _check_distance(out: Path, engine: str, name: str, found: Distance, rounding
     if found.mean <= mean and found.max <= largest:
         return
     raise VerificationError(
-        f"{engine} computes something else than {out} says: on the {name} its log-probabilities differ from the "
-        f"simulation's by {found.mean:.4f} nats in the mean and {found.max:.3f} at most (up to {mean:.4f} and "
-        f"{largest:.3f} may be rounding): do not serve it there; docs/engines.md lists what was found to work."
+        f"{out} computes something else in {engine} than was simulated: on the {name} log-probabilities differ by "
+        f"{found.mean:.4f} nats in the mean and {found.max:.3f} at most (up to {mean:.4f} and {largest:.3f} may be "
+        "rounding): do not serve it there; docs/engines.md lists what was found to work."
     )
