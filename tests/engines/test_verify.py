@@ -13,7 +13,7 @@ import torch
 import bitfold
 from bitfold.assets import DEMO_MODEL
 from bitfold.engines import verify as module
-from bitfold.engines.compare import Distance
+from bitfold.engines.compare import Answer, Distance, distance
 from bitfold.engines.simulation import Simulation
 from bitfold.engines.verify import check_engine, verify_in_engine
 from bitfold.errors import BitfoldError, EngineError, VerificationError
@@ -111,34 +111,59 @@ def test_the_simulation_with_and_without_quantized_inputs(made: Path, made_w8a8:
     assert (found - both.answer(tokens, ids).logprobs).abs().mean() > 0.005
 
 
-ROUNDING = Distance(mean=0.01, max=0.1)
+ROUNDING, INPUTS = Distance(mean=0.01, max=0.1), Distance(mean=0.04, max=0.4)
 
 
 @pytest.mark.parametrize(
-    ("found", "right"),
+    ("found", "inputs", "right"),
     [
-        (ROUNDING, True),
-        (Distance(mean=0.019, max=0.4), True),
-        (Distance(mean=0.03, max=0.1), False),
-        (Distance(mean=0.01, max=0.7), False),
-        (Distance(mean=float("nan"), max=float("nan")), False),
+        (ROUNDING, None, True),
+        (Distance(mean=0.019, max=0.4), None, True),
+        (Distance(mean=0.03, max=0.1), None, False),
+        (Distance(mean=0.01, max=0.7), None, False),
+        (Distance(mean=0.04, max=0.7), INPUTS, True),
+        (Distance(mean=0.07, max=0.7), INPUTS, False),
+        (Distance(mean=0.04, max=2.0), INPUTS, False),
+        (Distance(mean=0.01, max=0.1), Distance(mean=1e-4, max=1e-3), True),
+        (Distance(mean=float("nan"), max=float("nan")), INPUTS, False),
     ],
 )
-def test_the_tolerance_is_rounding(found: Distance, right: bool) -> None:
+def test_the_tolerance(found: Distance, inputs: Distance | None, right: bool) -> None:
+    tolerance = module._tolerance(ROUNDING, inputs)
     if right:
-        module._check_distance(Path("OUT"), "vllm", "text", found, ROUNDING)
+        module._check_distance("OUT in vllm", "text", found, tolerance)
         return
-    with pytest.raises(VerificationError, match="OUT computes something else in vllm"):
-        module._check_distance(Path("OUT"), "vllm", "text", found, ROUNDING)
+    with pytest.raises(
+        VerificationError, match=r"The log-probabilities of OUT in vllm are not what"
+    ):
+        module._check_distance("OUT in vllm", "text", found, tolerance)
+
+
+def test_two_draws_of_noise_are_within_the_tolerance() -> None:
+    """What is added to the log-probabilities of the weights alone, drawn anew by an engine."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.zeros(4, 200, 20, dtype=torch.int64)
+    weights_only = Answer(ids, torch.randn(ids.shape, generator=generator))
+    one, other = (
+        Answer(ids, weights_only.logprobs + 0.05 * torch.randn(ids.shape, generator=generator))
+        for _ in range(2)
+    )
+    tolerance = module._tolerance(Distance(0.0, 0.0), distance(one, weights_only))
+    found = distance(one, other)
+    module._check_distance("OUT in vllm", "text", found, tolerance)
+    assert found.mean > 0.9 * tolerance.mean
 
 
 def test_an_engine_that_leaves_inputs_as_they_are() -> None:
     found = Distance(mean=0.045, max=0.4)
-    with pytest.raises(
-        VerificationError, match="OUT runs in vllm, but its inputs are not quantized there"
-    ):
-        module._check_inputs(Path("OUT"), "vllm", found, replace(found, mean=0.014))
-    module._check_inputs(Path("OUT"), "vllm", found, replace(found, mean=0.043))
+    with pytest.raises(VerificationError, match="The inputs of OUT in vllm are not quantized"):
+        module._check_inputs("OUT in vllm", found, replace(found, mean=0.014))
+    module._check_inputs("OUT in vllm", found, replace(found, mean=0.043))
+
+
+def test_what_vllm_says_is_shortened_to_what_helps() -> None:
+    said = "No scheme was found for layer_name='a.b', weight_quant=QuantizationArgs(num_bits=8,\n type='int')."
+    assert module._helpful(said) == "No scheme was found for layer_name='a.b'"
 
 
 # --- in vLLM ---
@@ -189,7 +214,7 @@ def test_other_scales_are_found_in_vllm(
     monkeypatch.setattr(
         module, "_ask", lambda python, directory, _, *rest: ask(python, directory, out, *rest)
     )
-    with pytest.raises(VerificationError, match="computes something else in vllm"):
+    with pytest.raises(VerificationError, match="are not what was simulated"):
         verify_in_engine(made, engine="vllm", python=VLLM)
 
 
