@@ -281,7 +281,8 @@ def _check_distance(where: str, name: str, found: Distance, tolerance: Distance)
     raise VerificationError(
         f"The log-probabilities of {where} are not what was simulated: on the {name} they differ by "
         f"{found.mean:.4f} nats in the mean and {found.max:.3f} at most (up to {tolerance.mean:.4f} and "
-        f"{tolerance.max:.3f} may be rounding); do not serve it there, and see docs/engines.md for schemes that were found to be right"
+        f"{tolerance.max:.3f} may be rounding); do not serve it there, and see docs/engines.md for schemes that were "
+        "found to be right"
     )
 
 

@@ -106,8 +106,10 @@ def usage_lines(out: str, quantization: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _vllm_has_kernels(quantization: Mapping[str, Any]) -> bool:
-    """Whether vLLM serves the scheme (docs/engines.md): 4 or 8 bit integer weights alone, or 8-bit weights, int8 or fp8,
-    with symmetric inputs of the same kind."""
+    """Whether vLLM serves the scheme (docs/engines.md).
+
+    4 or 8 bit integer weights alone, or symmetric weights in int8 or fp8 with symmetric inputs of the same kind.
+    """
     if quantization.get("kv_cache_scheme"):
         return False
     for group in quantization["config_groups"].values():
