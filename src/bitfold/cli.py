@@ -12,6 +12,7 @@ from bitfold.report import outcome, terminal
 from bitfold.report.ending import USAGE_ERROR, ending
 from bitfold.report.mixed import mixed_options
 from bitfold.report.progress import showing_progress as _progress
+from bitfold.report.progress import showing_steps
 from bitfold.version import VERSION
 
 __all__ = ["app", "main"]
@@ -64,6 +65,7 @@ Model = Annotated[
 
 
 _MIXED: Any = {"rich_help_panel": "Mixed precision"}
+_ENGINE: Any = {"rich_help_panel": "In another engine"}
 
 
 @app.command(
@@ -264,10 +266,24 @@ def eval(
 @app.command(epilog="Example: bitfold verify ./llama-w4")
 def verify(
     out: Annotated[str, typer.Argument(metavar="OUT", help="An artifact of bitfold.")],
+    engine: Annotated[
+        str | None, typer.Option(help="vllm: run it there too, and compare.", **_ENGINE)
+    ] = None,
+    engine_python: Annotated[
+        str | None, typer.Option(help="The python of the engine's environment.", **_ENGINE)
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="A text to compare on; default: an embedded one.", **_ENGINE)
+    ] = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
     """Load an artifact the way a user would, and compare it with the simulation recorded at quantization."""
+    if engine is not None:
+        _verify_in_engine(out, engine, engine_python, text, device, json)
+        return
+    if engine_python is not None or text is not None:
+        raise USAGE_ERROR("--engine-python and --text go with --engine vllm")
     from bitfold.pipeline.verify import verify as run
 
     with terminal.console(stderr=True).status("verifying") as status:
@@ -280,6 +296,23 @@ def verify(
             f"tokens differ from the simulation by at most {result.difference:.1e} of their spread "
             f"({result.dtype}, up to {result.tolerance:g} is rounding)"
         )
+
+
+def _verify_in_engine(
+    out: str, engine: str, python: str | None, text: Path | None, device: str, json: bool
+) -> None:
+    from bitfold.engines.verify import verify_in_engine as run
+
+    if python is None:
+        raise USAGE_ERROR(
+            "--engine needs --engine-python, the python of its environment: scripts/make_vllm_environment.sh makes one"
+        )
+    with showing_steps() as say:
+        result = run(out, engine=engine, python=python, text=text, device=device, progress=say)
+    if json:
+        terminal.print_json(result.to_json())
+    else:
+        outcome.print_engine_verification(result)
 
 
 @app.command(epilog="Example: bitfold inspect ./llama-w4")

@@ -6,6 +6,7 @@ of the embedded model, `{artifact}` of an artifact of it, `{out}` a free place, 
 
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ from models_zoo import build
 
 QUANTIZE = "quantize {model} -o {out} --method rtn"
 EVAL = "eval {model} --text {dir}/text.txt"
+IN_VLLM = "verify {artifact} --engine vllm --engine-python"
 CALIBRATED = f"{QUANTIZE} --method awq --sequence-length 64 --calibration"
 RECIPE = "quantize {model} -o {out} --recipe {dir}/recipe.yaml"
 UP = "model.layers.5.mlp.up_proj.weight"
@@ -320,6 +322,14 @@ OTHER_CASES = [
          "config.json"),
     case("verify of a broken provenance", artifact(edit_json("provenance.json", bitfold=[])), "verify {artifact}",
          "provenance.json"),
+    case("verify in an unknown engine", None, f"{IN_VLLM} python".replace("vllm", "vlm"), "vlm", "did you mean 'vllm'"),
+    case("verify in an engine that is nowhere", None, "verify {artifact} --engine vllm", "--engine-python",
+         "scripts/make_vllm_environment.sh", code=2),
+    case("verify in no python", None, f"{IN_VLLM} {{dir}}/nothing", "nothing", "give the python"),
+    case("verify in a python without vLLM", None, f"{IN_VLLM} {sys.executable}", sys.executable, "has no vLLM"),
+    case("verify of an original in vLLM", None, f"{IN_VLLM} python".replace("{artifact}", "{model}"), "model",
+         "no artifact of bitfold"),
+    case("verify on a text in no engine", None, "verify {artifact} --text {dir}/text.txt", "--engine vllm", code=2),
     case("inspect of nothing", None, "inspect {dir}/nothing", "nothing"),
     case("inspect of a text", None, "inspect {dir}/text.txt", "text.txt is a file"),
     case("inspect of a directory", None, "inspect {dir}", "config.json"),

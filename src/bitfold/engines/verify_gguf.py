@@ -17,7 +17,7 @@ from bitfold.export.artifact import tensor_sum
 from bitfold.pipeline.probe import Probe
 from bitfold.runtime.load import load, load_tokenizer
 
-__all__ = ["EngineVerification", "TextComparison", "verify_gguf"]
+__all__ = ["GgufVerification", "TextComparison", "verify_gguf"]
 
 # Of the logits' standard deviation, root mean square. llama.cpp rounds what a weight in few bits is multiplied with to
 # 8 bits, in blocks of 32 or 256: that was 0.01 to 0.05 here. Rows in a wrong order, or a wrong zero-point, give 0.5.
@@ -38,7 +38,7 @@ class TextComparison:
 
 
 @dataclass(frozen=True)
-class EngineVerification:
+class GgufVerification:
     """difference: root mean square of the probe's logits' differences, over their standard deviation; None for a file
     that has no probe. text: where one was given."""
 
@@ -63,7 +63,7 @@ def verify_gguf(
     text: str | Path | None = None,
     window_count: int = 16,
     progress: Callable[[str], None] = lambda what: None,
-) -> EngineVerification:
+) -> GgufVerification:
     """Load a file in llama.cpp, and compare it with the simulation that was recorded when the artifact was made.
 
     against, text: an artifact and a text on which both are compared too, on so many windows of at most 512 tokens.
@@ -89,7 +89,7 @@ def verify_gguf(
     if against is not None and text is not None:
         progress("running the text in both")
         compared = _compare(file, against, text, window_count)
-    return EngineVerification(
+    return GgufVerification(
         str(file), "llama.cpp", count, positions, difference, TOLERANCE, compared
     )
 

@@ -11,6 +11,7 @@ from bitfold.report import terminal
 
 __all__ = [
     "pareto_table",
+    "print_engine_verification",
     "print_estimate",
     "print_generation",
     "print_quantization",
@@ -122,3 +123,26 @@ def print_sensitivity(result: Any) -> None:
 
 def _figure(kl: float | None) -> str:
     return "not finite" if kl is None else f"{kl:.3g}"
+
+
+def print_engine_verification(result: Any) -> None:
+    """That an artifact computes in an engine what was simulated, and how far apart they are."""
+    heads = ["", "tokens", f"perplexity in {result.engine}", "in PyTorch"]
+    heads += ["mean difference", "up to", "largest", "up to"]
+    rows = [
+        [
+            name,
+            f"{text.tokens:,}",
+            f"{text.perplexity:,.2f}",
+            f"{text.simulation_perplexity:,.2f}",
+            *(f"{value:.4f}" for value in (text.mean_difference, text.mean_tolerance)),
+            *(f"{value:.3f}" for value in (text.max_difference, text.max_tolerance)),
+        ]
+        for name, text in result.texts.items()
+    ]
+    console = terminal.console()
+    console.print(terminal.table(heads, rows))
+    console.print(
+        f"[green]verified[/] in {result.engine} {result.version}, {result.dtype}: log-probabilities differ from the "
+        "simulation's (in nats) by no more than rounding may"
+    )

@@ -10,7 +10,7 @@ from rich.progress import TimeRemainingColumn as TimeLeft
 
 from bitfold.report import terminal
 
-__all__ = ["showing_progress"]
+__all__ = ["showing_progress", "showing_steps"]
 
 
 @contextmanager
@@ -42,6 +42,17 @@ def showing_progress(what: str) -> Iterator[Callable[[float, int, str], None]]:
             bar.update(task, completed=done, total=total, description=f"{what}: {doing}")
 
         yield update
+
+
+@contextmanager
+def showing_steps() -> Iterator[Callable[[str], None]]:
+    """On stderr: what is being done, in one line that changes, or in a log a line for each step."""
+    console = terminal.console(stderr=True)
+    if not console.is_terminal:
+        yield lambda doing: console.print(doing, markup=False)
+        return
+    with console.status("starting") as status:
+        yield status.update
 
 
 def _lines(console: Any, what: str) -> Callable[[float, int, str], None]:
