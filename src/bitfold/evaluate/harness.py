@@ -47,7 +47,7 @@ def find_tasks(names: Sequence[str]) -> HarnessTasks:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise MissingExtraError(
-            f"The task '{names[0]}' is lm-eval's, which is not installed: pip install 'bitfold[tasks]', "
+            f"The task '{names[0]}' is lm-eval's, which is not installed: pip install lm-eval, "
             "or ask the questions of a .jsonl file."
         ) from error
     with _quiet():
