@@ -10,7 +10,7 @@ from bitfold.errors import DataError
 from bitfold.report.measuring import named_files
 from bitfold.version import VERSION
 
-COMMANDS = ("quantize", "eval", "verify", "inspect", "recipes", "generate", "demo")
+COMMANDS = ("quantize", "eval", "verify", "export", "inspect", "recipes", "generate", "demo")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -12,7 +12,6 @@ from bitfold.report import outcome, terminal
 from bitfold.report.ending import USAGE_ERROR, ending
 from bitfold.report.mixed import mixed_options
 from bitfold.report.progress import showing_progress as _progress
-from bitfold.report.progress import showing_steps
 from bitfold.version import VERSION
 
 __all__ = ["app", "main"]
@@ -265,54 +264,53 @@ def eval(
 
 @app.command(epilog="Example: bitfold verify ./llama-w4")
 def verify(
-    out: Annotated[str, typer.Argument(metavar="OUT", help="An artifact of bitfold.")],
+    out: Annotated[
+        str,
+        typer.Argument(metavar="OUT", help="An artifact of bitfold, or a GGUF file made from one."),
+    ],
     engine: Annotated[
         str | None, typer.Option(help="vllm: run it there too, and compare.", **_ENGINE)
     ] = None,
     engine_python: Annotated[
         str | None, typer.Option(help="The python of the engine's environment.", **_ENGINE)
     ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Of a GGUF file: the artifact it was made from.", **_ENGINE)
+    ] = None,
     text: Annotated[
-        Path | None, typer.Option(help="A text to compare on; default: an embedded one.", **_ENGINE)
+        Path | None, typer.Option(help="A text to compare on; vllm: an embedded one.", **_ENGINE)
     ] = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Load an artifact the way a user would, and compare it with the simulation recorded at quantization."""
-    if engine is not None:
-        _verify_in_engine(out, engine, engine_python, text, device, json)
-        return
-    if engine_python is not None or text is not None:
-        raise USAGE_ERROR("--engine-python and --text go with --engine vllm")
-    from bitfold.pipeline.verify import verify as run
+    """Load a result the way a user would, and compare it with the simulation recorded at quantization."""
+    from bitfold.report.verifying import verify_and_print
 
-    with terminal.console(stderr=True).status("verifying") as status:
-        result = run(out, device=device, progress=lambda what: status.update(what))
-    if json:
-        terminal.print_json(result.to_json())
-    else:
-        terminal.console().print(
-            f"[green]verified[/]: {result.tensors} tensors are what was written; logits of {result.positions} "
-            f"tokens differ from the simulation by at most {result.difference:.1e} of their spread "
-            f"({result.dtype}, up to {result.tolerance:g} is rounding)"
-        )
+    verify_and_print(out, engine, engine_python, against, text, device, json)
 
 
-def _verify_in_engine(
-    out: str, engine: str, python: str | None, text: Path | None, device: str, json: bool
+@app.command(epilog="Example: bitfold export ./llama-w4 --to gguf -o llama-w4.gguf")
+def export(
+    artifact: Annotated[
+        Path,
+        typer.Argument(metavar="ARTIFACT", help="What `bitfold quantize` wrote, or a checkpoint."),
+    ],
+    to: Annotated[str, typer.Option(help="gguf (llama.cpp), gptq or awq.")],
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="The exact path: a file for gguf, else a directory.")
+    ],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at OUT.")] = False,
+    json: Json = False,
 ) -> None:
-    from bitfold.engines.verify import verify_in_engine as run
+    """An artifact in the format of another engine: its integers, scales and zero-points as they are."""
+    from bitfold.export.exporting import export_to
 
-    if python is None:
-        raise USAGE_ERROR(
-            "--engine needs --engine-python, the python of its environment: scripts/make_vllm_environment.sh makes one"
-        )
-    with showing_steps() as say:
-        result = run(out, engine=engine, python=python, text=text, device=device, progress=say)
+    with _progress("exporting") as progress:
+        result = export_to(artifact, to, out, overwrite=overwrite, progress=progress)
     if json:
         terminal.print_json(result.to_json())
     else:
-        outcome.print_engine_verification(result)
+        outcome.print_exported(result)
 
 
 @app.command(epilog="Example: bitfold inspect ./llama-w4")

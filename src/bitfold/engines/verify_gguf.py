@@ -120,7 +120,7 @@ def _read(file: Path) -> tuple[int, Probe | None]:
         was = "is missing from" if odd[0] in sums else "was added to"
         raise VerificationError(f"{odd[0]} {was} {file}: export it again.")
     for name, data in tensors.items():
-        raw = torch.from_numpy(np.ascontiguousarray(data).view(np.uint8))
+        raw = torch.from_numpy(np.array(data).view(np.uint8))
         if tensor_sum(raw) != sums[name]:
             raise VerificationError(
                 f"{name} in {file} is not what was written: the file was changed or damaged; export it again."

@@ -13,6 +13,7 @@ __all__ = [
     "pareto_table",
     "print_engine_verification",
     "print_estimate",
+    "print_exported",
     "print_generation",
     "print_quantization",
     "print_sensitivity",
@@ -146,3 +147,17 @@ def print_engine_verification(result: Any) -> None:
         f"[green]verified[/] in {result.engine} {result.version}, {result.dtype}: log-probabilities differ from the "
         "simulation's (in nats) by no more than rounding may"
     )
+
+
+def print_exported(result: Any) -> None:
+    """What was written for another engine, and what is different there."""
+    console = terminal.console()
+    types = ", ".join(f"{count:,} weights in {name}" for name, count in result.types.items())
+    console.print(
+        f"[green]{escape(str(result.path))}[/]: {result.format}, {result.bytes / 1e6:,.1f} MB; {types}"
+    )
+    for note in result.notes:
+        console.print(f"[yellow]note[/] {escape(note)}")
+    if result.format == "gguf":
+        console.print(f"  bitfold verify {escape(str(result.path))}")
+        console.print(f'  llama-cli -m {escape(str(result.path))} -p "Once upon a time"')
