@@ -10,7 +10,17 @@ from bitfold.errors import DataError
 from bitfold.report.measuring import named_files
 from bitfold.version import VERSION
 
-COMMANDS = ("quantize", "eval", "verify", "export", "inspect", "recipes", "generate", "demo")
+COMMANDS = (
+    "quantize",
+    "eval",
+    "verify",
+    "export",
+    "import",
+    "inspect",
+    "recipes",
+    "generate",
+    "demo",
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

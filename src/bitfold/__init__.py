@@ -11,6 +11,7 @@ from bitfold.allocation import Mixed
 from bitfold.errors import BitfoldError
 from bitfold.evaluate import evaluate, evaluate_kl_base, evaluate_tasks, generate, write_kl_base
 from bitfold.export.exporting import export_to
+from bitfold.export.importing import import_checkpoint
 from bitfold.numerics import QuantizedTensor, Scheme
 from bitfold.pipeline.quantize import Quantization, quantize
 from bitfold.pipeline.sensitivity import Sensitivity, sensitivity
@@ -35,6 +36,7 @@ __all__ = [
     "evaluate_tasks",
     "export_to",
     "generate",
+    "import_checkpoint",
     "load",
     "load_tokenizer",
     "quantize",

@@ -313,6 +313,29 @@ def export(
         outcome.print_exported(result)
 
 
+@app.command("import", epilog="Example: bitfold import ./llama-gptq -o ./llama-w4")
+def import_(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SOURCE", help="Quantized by others: gptq, awq, compressed-tensors."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Directory of the result.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at OUT.")] = False,
+    json: Json = False,
+) -> None:
+    """What others quantized, with the same integers, as a checkpoint that bitfold evaluates and exports."""
+    from bitfold.export.importing import import_checkpoint
+
+    with _progress("importing") as progress:
+        result = import_checkpoint(source, out, overwrite=overwrite, progress=progress)
+    if json:
+        terminal.print_json(result.to_json())
+    else:
+        outcome.print_exported(result)
+
+
 @app.command(epilog="Example: bitfold inspect ./llama-w4")
 def inspect(model: Model, json: Json = False) -> None:
     """What a model is: family, blocks, sites, sizes, schemes, recipe, provenance."""

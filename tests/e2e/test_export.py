@@ -94,3 +94,16 @@ def test_mixed_bits_are_refused_where_there_is_one_scheme(
     found = run(f"export {tmp_path / 'mixed'} --to gptq -o {tmp_path / 'out'}")
     assert "have different schemes" in found.err
     assert not (tmp_path / "out").exists()
+
+
+def test_what_was_exported_comes_back(run: Run, artifact: Path, tmp_path: Path) -> None:
+    assert run(f"export {artifact} --to awq -o {tmp_path / 'awq'}").code == 0
+    made = run(f"import {tmp_path / 'awq'} -o {tmp_path / 'back'} --json")
+    assert made.json["format"] == "bitfold"
+    name = f"{NAME}.weight"
+    back, original = read_model(tmp_path / "back").read(name), read_model(artifact).read(name)
+    assert isinstance(back, QuantizedTensor)
+    assert isinstance(original, QuantizedTensor)
+    assert torch.equal(back.dequantize(), original.dequantize())
+    assert run(f"inspect {tmp_path / 'back'}").code == 0
+    assert "is there already" in run(f"import {tmp_path / 'awq'} -o {tmp_path / 'back'}").err

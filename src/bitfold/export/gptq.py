@@ -5,14 +5,18 @@ its first version zero-points are stored less one. AWQ (AutoAWQ's WQLinear_GEMM)
 the eight of a word in the order 0, 2, 4, 6, 1, 3, 5, 7. Scales are half precision.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from bitfold.errors import CheckpointError
 from bitfold.numerics import QuantizedTensor, TensorScheme, pack, unpack
 
-__all__ = ["from_awq", "from_gptq", "to_awq", "to_gptq", "unsayable"]
+__all__ = ["from_awq", "from_gptq", "read_packed", "to_awq", "to_gptq", "unsayable"]
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -96,6 +100,41 @@ def from_awq(name: str, tensors: Mapping[str, Tensor], scheme: TensorScheme) -> 
     codes = _unshuffled(unpack(tensors[f"{name}.qweight"], 4, rows)).T.contiguous()
     zeros = _unshuffled(unpack(tensors[f"{name}.qzeros"], 4, rows)).T.contiguous()
     return _weight(codes, scales, zeros, scheme)
+
+
+def read_packed(
+    settings: Mapping[str, Any], path: Path
+) -> tuple[TensorScheme, Callable[[str, Mapping[str, Tensor], TensorScheme], QuantizedTensor]]:
+    """The scheme of all layers by a `quantization_config` of either method, and what makes a layer's tensors a weight.
+
+    Raises CheckpointError for settings that bitfold cannot read.
+    """
+    method, version = settings["quant_method"], settings.get("checkpoint_format", "gptq")
+    if settings.get("dynamic"):
+        raise CheckpointError(
+            f"{path} has settings of its own for some layers (dynamic), which bitfold does not read."
+        )
+    known = ("gptq", "gptq_v2") if method == "gptq" else ("gemm",)
+    found = version if method == "gptq" else settings.get("version", "gemm")
+    if found not in known:
+        raise CheckpointError(
+            f"{path} is in the version '{found}' of {method}, and bitfold reads {' and '.join(known)}."
+        )
+    size = settings.get("group_size", -1)
+    try:
+        scheme = TensorScheme(
+            bits=settings.get("bits", settings.get("w_bit")),
+            symmetric=False,
+            granularity="group" if size and size > 0 else "channel",
+            group_size=size if size and size > 0 else None,
+        )
+    except ValueError as error:
+        raise CheckpointError(
+            f"The quantization_config of {path} says what bitfold cannot read ({' '.join(str(error).split())})."
+        ) from error
+    if method == "awq":
+        return scheme, from_awq
+    return scheme, partial(from_gptq, less_one=version == "gptq")
 
 
 def _zeros(tensor: QuantizedTensor) -> Tensor:

@@ -1,17 +1,14 @@
 """Checkpoints in GPTQ's and AWQ's formats from an artifact: a directory that transformers, vLLM and others load."""
 
-import json
 import shutil
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
-from bitfold.errors import ExportError, OutputError
-from bitfold.export.artifact import copy_companions, index_json, shard_name, tensor_sums
+from bitfold.errors import ExportError
+from bitfold.export.directory import appearing, bytes_of, write_directory
 from bitfold.export.exported import Exported
 from bitfold.export.gptq import to_awq, to_gptq, unsayable
 from bitfold.export.reading import StoredModel
@@ -36,38 +33,28 @@ def export_awq(model: StoredModel, out: Path, progress: Progress) -> Exported:
 
 
 def _export(model: StoredModel, out: Path, progress: Progress, method: str) -> Exported:
-    """The directory appears whole or not at all. Tensors are written file by file, as the artifact has them.
+    """The directory appears whole or not at all.
 
     Raises ExportError for what the format cannot hold, naming the layer; OutputError where it cannot be written.
     """
     scheme = _one_scheme(model, method)
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir()
-        shards, sums, types, worst = _write_shards(model, partial, progress, method, scheme)
-        total = sum(file.stat().st_size for file in partial.glob("*.safetensors"))
-        (partial / "model.safetensors.index.json").write_text(index_json(shards, total))
-        (partial / "checksums.json").write_text(json.dumps(sums, indent=1) + "\n")
-        config = model.config | {"quantization_config": _settings(scheme, method)}
-        config.pop("attn_implementation", None)
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        copy_companions(model.checkpoint.path, partial)
+    worst = 0.0
+
+    def pack(layer: str, weight: QuantizedTensor) -> dict[str, Tensor]:
+        nonlocal worst
+        tensors = _packed(layer, weight, method)
+        scale = weight.scale.float()
+        worst = max(worst, float(((scale.half().float() - scale).abs() / scale).max()))
+        return tensors
+
+    config = model.config | {"quantization_config": _settings(scheme, method)}
+    config.pop("attn_implementation", None)
+    with appearing(out) as partial:
+        types = write_directory(model, partial, pack, config, progress)
         for name in ("verification.npz", "recipe.yaml", "provenance.json"):
             if (model.checkpoint.path / name).is_file():
                 shutil.copyfile(model.checkpoint.path / name, partial / name)
-        if out.exists():
-            shutil.rmtree(out)
-        partial.rename(out)
-    except OSError as error:
-        raise OutputError(
-            f"{out} cannot be written ({error.strerror or error}): make room, or choose another -o."
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    progress(1, 1, "done")
-    size = sum(file.stat().st_size for file in out.iterdir())
-    return Exported(out, method, size, types, tuple(_notes(model, worst)))
+    return Exported(out, method, bytes_of(out), types, tuple(_notes(model, worst)))
 
 
 def _one_scheme(model: StoredModel, method: str) -> TensorScheme:
@@ -92,47 +79,12 @@ def _one_scheme(model: StoredModel, method: str) -> TensorScheme:
     return next(iter(schemes))
 
 
-def _write_shards(
-    model: StoredModel, out: Path, progress: Progress, method: str, scheme: TensorScheme
-) -> tuple[dict[str, list[str]], dict[str, str], dict[str, int], float]:
-    """Tensor names by file, their sums, how many weights of each type there are, and the largest change of a scale."""
-    by_file: dict[str, list[str]] = defaultdict(list)
-    for name in model.names:
-        by_file[model.file_of(name)].append(name)
-    shards: dict[str, list[str]] = {}
-    sums: dict[str, str] = {}
-    types: dict[str, int] = defaultdict(int)
-    worst, done, count = 0.0, 0, sum(map(len, by_file.values()))
-    for number, names in enumerate(by_file.values()):
-        tensors: dict[str, Tensor] = {}
-        for name in names:
-            progress(done, count, name)
-            done += 1
-            value = model.read(name)
-            if isinstance(value, QuantizedTensor):
-                tensors |= _packed(name, value, method)
-                types[f"{scheme.bits} bits"] += value.shape.numel()
-                error = (
-                    value.scale.half().float() - value.scale.float()
-                ).abs() / value.scale.float()
-                worst = max(worst, float(error.max()))
-            else:
-                tensors[name] = value
-                types[str(value.dtype).removeprefix("torch.")] += value.numel()
-        file = shard_name(number, len(by_file))
-        save_file(tensors, out / file, metadata={"format": "pt"})
-        shards[file] = list(tensors)
-        sums |= tensor_sums(tensors)
-    return shards, sums, dict(types), worst
-
-
-def _packed(name: str, value: QuantizedTensor, method: str) -> dict[str, Tensor]:
-    layer = name.removesuffix(".weight")
-    if reason := unsayable(value, method):
+def _packed(layer: str, weight: QuantizedTensor, method: str) -> dict[str, Tensor]:
+    if reason := unsayable(weight, method):
         raise ExportError(f"{layer} cannot be said in {method}: {reason}.")
     if method == "awq":
-        return to_awq(layer, value)
-    return to_gptq(layer, value, less_one=value.scheme.symmetric)
+        return to_awq(layer, weight)
+    return to_gptq(layer, weight, less_one=weight.scheme.symmetric)
 
 
 def _settings(scheme: TensorScheme, method: str) -> dict[str, Any]:
