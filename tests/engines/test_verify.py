@@ -211,3 +211,13 @@ def test_a_scheme_without_kernels_in_vllm(tmp_path: Path) -> None:
         EngineError, match=r"does not run in vLLM \(Failed to find a kernel .*uint3"
     ):
         verify_in_engine(out, engine="vllm", python=VLLM)
+
+
+@needs_vllm
+def test_inputs_that_vllm_leaves_as_they_are(tmp_path: Path) -> None:
+    """Its kernel for weights in 4 bits on a CPU, as of 0.32; when it learns to, docs/engines.md wants another line."""
+    assert VLLM is not None
+    out = tmp_path / "w4a8"
+    bitfold.quantize(DEMO_MODEL, out, method="rtn", scheme="w4a8", set=["weight.symmetric=true"])
+    with pytest.raises(VerificationError, match="in vllm are not quantized"):
+        verify_in_engine(out, engine="vllm", python=VLLM)

@@ -283,4 +283,4 @@ def _helpful(message: str) -> str:
     """vLLM's message without the objects that it prints in full, and without reasons where it gives none."""
     objects = r",? (\w+=QuantizationArgs\(|\[type=\w+_error).*"
     said = re.sub(objects, "", message, flags=re.DOTALL).strip()
-    return say_shortly(said.removesuffix("Reasons:").strip())
+    return say_shortly(said.removesuffix("Reasons:").rstrip(" ,"))
