@@ -78,7 +78,7 @@ def _page(rows: list[Row]) -> str:
             "Artifacts of tiny-llama by `rtn`. transformers: whether it loads them without bitfold. vLLM: on the CPU,",
             "8 windows of 256 tokens of the embedded text. Differences are of log-probabilities in nats, of the token",
             "that comes next and the 19 likeliest others, in vLLM and in PyTorch; up to: what may be rounding. The",
-            "last two are in PyTorch: what rounding to vLLM's dtype does in the mean, what quantizing inputs does.\n",
+            "last two are in PyTorch: what rounding does in the mean, and what quantizing inputs does.\n",
             f"`{command_line()}`\n",
             provenance(rows),
             "",

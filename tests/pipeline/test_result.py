@@ -23,6 +23,7 @@ NOT_SERVED = {
     "w4a8g64": {},
     "wfp8a16": {},
     "wfp8a8": {},
+    "wfp8afp8 static": {},
     "wmxfp4a16": {},
     "w16a8": {},
     "w8a16kv8": {},
@@ -34,6 +35,11 @@ def shown(notation: str, weight: dict[str, object]) -> tuple[str, ...]:
     if scheme.weight is not None:
         changed = scheme.weight.model_dump() | weight
         scheme = scheme.model_copy(update={"weight": type(scheme.weight)(**changed)})
+    if notation.endswith("static"):
+        changed = {"granularity": "tensor", "static": True, "group_size": None}
+        scheme = scheme.model_copy(
+            update={"activation": scheme.activation.model_copy(update=changed)}
+        )
     layout = Layout(
         {"model.layers.0.mlp.up_proj": LayerEntry(scheme, 128)},
         {"model.layers.0.self_attn": AttentionEntry(scheme, 64, "LlamaAttention")},

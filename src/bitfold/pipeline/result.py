@@ -90,6 +90,10 @@ def read_result(
         ) from error
 
 
+# Granularities of 8-bit inputs for which vLLM has kernels. It stops at fp8 inputs per tensor with weights per channel.
+_SERVED_INPUTS = {"int": ("token", "tensor"), "float": ("token",)}
+
+
 def usage_lines(out: str, quantization: Mapping[str, Any]) -> tuple[str, ...]:
     """Lines that show how to use the artifact at `out`, from the `quantization_config` of its config.json."""
     loading = f'AutoModelForCausalLM.from_pretrained("{out}")'
@@ -126,7 +130,7 @@ def _vllm_has_kernels(quantization: Mapping[str, Any]) -> bool:
                 and weights["symmetric"]
                 and inputs["symmetric"]
                 and weights["strategy"] in ("channel", "tensor")
-                and inputs["strategy"] in ("token", "tensor")
+                and inputs["strategy"] in _SERVED_INPUTS[inputs["type"]]
             )
         if not served:
             return False
