@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,8 @@ def main(directory: Path) -> None:
         dtype = str(engine.llm_engine.model_config.dtype).removeprefix("torch.")
         say({"done": {"version": vllm.__version__, "dtype": dtype}})
     except Exception as error:  # whatever vLLM raises is the answer
+        traceback.print_exc()  # first: after the last word comes the end
         say({"failed": _root(error)})
-        raise
 
 
 def _start(vllm: Any, request: dict[str, Any]) -> Any:
