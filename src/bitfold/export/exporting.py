@@ -1,19 +1,38 @@
 """An artifact in the format of another engine: `bitfold.export_to`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from bitfold.errors import ExportError, OutputError, did_you_mean
+from bitfold.export.directory import SUMS_FILE
 from bitfold.export.exported import Exported
 from bitfold.export.gguf_file import export_gguf
+from bitfold.export.onnx_file import export_onnx
 from bitfold.export.reading import StoredModel, read_model
 
-__all__ = ["TARGETS", "export_to"]
+__all__ = ["TARGETS", "Target", "export_to"]
 
 Progress = Callable[[int, int, str], None]
 Exporter = Callable[[StoredModel, Path, Progress], Exported]
 
-TARGETS: dict[str, Exporter] = {"gguf": export_gguf}
+
+@dataclass(frozen=True)
+class Target:
+    """forms: what writes each form of the format, by its name; the first is usual. directory: whether it is one, or a
+    file."""
+
+    forms: Mapping[str, Exporter]
+    directory: bool = False
+
+
+TARGETS: dict[str, Target] = {
+    "gguf": Target({"gguf": export_gguf}),
+    "onnx": Target(
+        {form: partial(export_onnx, form=form) for form in ("fast", "compact")}, directory=True
+    ),
+}
 
 
 def export_to(
@@ -21,12 +40,15 @@ def export_to(
     to: str,
     out: str | Path,
     *,
+    form: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Exported:
     """Write an artifact, or a checkpoint that is not quantized, in the format of another engine.
 
-    to: `gguf`, one file for llama.cpp. out: the exact path. progress: (tensors done, of how many, which).
+    to: `gguf`, one file for llama.cpp; `onnx`, a directory for ONNX Runtime. out: the exact path.
+    form: of onnx `fast` (the usual one: all integers in 4 bits, or in two times 4) or `compact` (2, 4 or 8).
+    progress: (steps done, of how many, which).
 
     >>> bitfold.export_to("llama-w4", "gguf", "llama-w4.gguf")  # doctest: +SKIP
 
@@ -35,14 +57,28 @@ def export_to(
     """
     if to not in TARGETS:
         raise ExportError(f"There is no format '{to}' to export to: {did_you_mean(to, TARGETS)}")
+    target = TARGETS[to]
+    form = next(iter(target.forms)) if form is None else form
+    if form not in target.forms:
+        raise ExportError(f"{to} has no form '{form}': {did_you_mean(form, target.forms)}")
     out = Path(out).expanduser().absolute()
-    if out.is_dir() and TARGETS[to] is export_gguf:
+    _check_place(out, to, target, overwrite)
+    model = read_model(Path(artifact).expanduser())
+    return target.forms[form](model, out, progress or (lambda done, total, what: None))
+
+
+def _check_place(out: Path, to: str, target: Target, overwrite: bool) -> None:
+    if out.is_dir() and not target.directory:
         raise OutputError(f"{out} is a directory, and {to} is one file: name a file.")
+    if out.is_file() and target.directory:
+        raise OutputError(f"{out} is a file, and {to} is a directory: name a directory.")
     if out.exists() and not overwrite:
         raise OutputError(
             f"{out} is there already: add --overwrite to replace it, or choose another -o."
         )
+    if out.is_dir() and not (out / SUMS_FILE).is_file():
+        raise OutputError(
+            f"{out} was not exported by bitfold, so it is not replaced: choose another -o, or remove it yourself."
+        )
     if not out.parent.is_dir():
         raise OutputError(f"There is no directory {out.parent}: make it, or choose another -o.")
-    model = read_model(Path(artifact).expanduser())
-    return TARGETS[to](model, out, progress or (lambda done, total, what: None))

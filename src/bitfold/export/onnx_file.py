@@ -1,0 +1,109 @@
+"""An ONNX directory from an artifact: graph, weights, and what belongs to a model, for ONNX Runtime."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from bitfold.errors import ExportError, OutputError
+from bitfold.export.artifact import companion_files, copy_companions
+from bitfold.export.directory import complete, staged
+from bitfold.export.exported import Exported
+from bitfold.export.onnx_decoder import add_decoder
+from bitfold.export.onnx_genai import genai_config
+from bitfold.export.onnx_graph import DATA_FILE, Graph, onnx_package
+from bitfold.export.onnx_linear import Linears
+from bitfold.export.reading import StoredModel
+from bitfold.models.config import read_config
+from bitfold.version import VERSION
+
+__all__ = ["GRAPH_FILE", "export_onnx"]
+
+Progress = Callable[[int, int, str], None]
+GRAPH_FILE = "model.onnx"
+
+
+def export_onnx(model: StoredModel, out: Path, progress: Progress, *, form: str) -> Exported:
+    """Write an artifact as a directory with model.onnx, which appears whole or not at all.
+
+    form: `fast` or `compact` (`onnx_integers`). One weight is in memory at a time.
+    Raises ExportError for what ONNX Runtime would run differently, OutputError where it cannot be written,
+    MissingExtraError without the package onnx.
+    """
+    onnx_package()
+    _check(model)
+    config = read_config(model.checkpoint)
+    blocks: Any = config
+    steps = blocks.num_hidden_layers + 2
+    done = iter(range(steps))
+    try:
+        with staged(out) as directory:
+            with (directory / DATA_FILE).open("wb") as data:
+                graph = Graph(data)
+                linears = Linears(graph, model, form)
+                add_decoder(
+                    graph, linears, model, config, lambda what: progress(next(done), steps, what)
+                )
+            metadata = {"bitfold": VERSION, "form": form}
+            content = graph.to_bytes(model.checkpoint.path.name, metadata)
+            (directory / GRAPH_FILE).write_bytes(content)
+            _add_rest(model, config, directory)
+            sums = {"form": form, "rounds_inputs": linears.rounds}
+            complete(directory, "onnx", {n: asdict(s) for n, s in graph.stored.items()}, sums)
+            size = sum(file.stat().st_size for file in directory.iterdir())
+    except OSError as error:
+        raise OutputError(
+            f"{out} cannot be written ({error.strerror or error}): make room, or choose another -o."
+        ) from error
+    progress(1, 1, "done")
+    return Exported(out, "onnx", size, dict(linears.types), tuple(_notes(model, linears, form)))
+
+
+def _check(model: StoredModel) -> None:
+    path = model.checkpoint.path
+    if model.runs:
+        raise ExportError(
+            f"{path} has maps that run at inference ({model.runs[0]}), which ONNX is written without: quantize by a "
+            "method that folds all of them (`bitfold recipes` says which)."
+        )
+    if model.quantizes_heads:
+        raise ExportError(
+            f"{path} quantizes queries, keys or values, which ONNX is written without: quantize by a scheme that leaves "
+            "them alone (without q and kv in its notation), or use another --to."
+        )
+
+
+def _add_rest(model: StoredModel, config: PretrainedConfig, directory: Path) -> None:
+    """Config, tokenizer, chat template, generation config, the probe, and what ONNX Runtime's generate() reads."""
+    source = model.checkpoint.path
+    left = ("quantization_config", "attn_implementation")
+    content = {key: value for key, value in model.config.items() if key not in left}
+    _write(directory / "config.json", content)
+    copy_companions(source, directory)
+    if (source / "verification.npz").is_file():
+        shutil.copyfile(source / "verification.npz", directory / "verification.npz")
+    _write(directory / "genai_config.json", genai_config(config, source))
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _notes(model: StoredModel, linears: Linears, form: str) -> Iterator[str]:
+    if linears.unstored:
+        count = len(linears.unstored)
+        more = f", and {count - 1} others" if count > 1 else ""
+        yield f"{linears.unstored[0]}{more}: their values are written in floating point, and take 16 or 32 bits"
+    few = {s.weight.bits for s in model.schemes.values() if s.weight and s.weight.grid == "int"}
+    if form == "fast" and min(few, default=4) < 4:
+        yield (
+            f"weights of {min(few)} bits are stored in 4, which ONNX Runtime multiplies as they are packed; "
+            'form="compact" stores fewer where it can, and is far slower'
+        )
+    if not any(file.name.startswith("tokenizer") for file in companion_files(model.checkpoint.path)):
+        yield f"{model.checkpoint.path} has no tokenizer, so there is none beside the graph"
+
