@@ -1,4 +1,4 @@
-"""What happens to the input of a linear layer, in standard nodes of ONNX, operation by operation as `fake_quantize` has it."""
+"""What happens to the input of a linear layer, in standard nodes of ONNX, one by one as `fake_quantize` has them."""
 
 from collections.abc import Mapping
 
@@ -20,8 +20,8 @@ def check_activation(layer: str, scheme: TensorScheme) -> None:
     """Raises ExportError for what has no nodes here."""
     if scheme.grid not in ("int", "fp8_e4m3"):
         raise ExportError(
-            f"{layer} has inputs on the grid {scheme.grid}, which ONNX is written without: quantize them as integers or "
-            "fp8, or use another --to."
+            f"{layer} has inputs on the grid {scheme.grid}, which ONNX is written without: quantize them as integers "
+            "or fp8, or use another --to."
         )
     if scheme.clusters and not scheme.static:
         raise ExportError(

@@ -59,8 +59,7 @@ def declare_inputs(graph: Graph, config: PretrainedConfig) -> Inputs:
 def seen(graph: Graph, inputs: Inputs, window: int | None) -> str:
     """What is added to scores, [batch, 1, length, total]: 0, or float32's least for a token that is not seen, being
     none, behind, or `window` tokens or more before."""
-    axis = {"start": 2, "end": 3}
-    past = graph.op("Squeeze", graph.op("Shape", inputs.cache[0][0], **axis))
+    past = graph.op("Squeeze", graph.op("Shape", inputs.cache[0][0], start=2, end=3))
     length = graph.op("Squeeze", graph.op("Shape", inputs.tokens, start=1, end=2))
     total = graph.op("Add", past, length)
     nothing, one = (graph.constant(np.array(n, dtype=np.int64)) for n in (0, 1))
@@ -125,7 +124,7 @@ def attend(
 
 def _frequencies(config: PretrainedConfig, kind: str | None) -> tuple[torch.Tensor, float]:
     """Of each pair, per position, and what cosines and sines are multiplied with."""
-    parameters: Mapping[str, Any] = config.rope_parameters  # type: ignore[attr-defined]
+    parameters: Mapping[str, Any] = config.rope_parameters
     mine = parameters if kind is None else parameters[kind]
     name = mine.get("rope_type", "default")
     if name not in _FIXED_ROTARY or mine.get("partial_rotary_factor", 1.0) != 1.0:

@@ -103,7 +103,9 @@ def _gated(d: _Decoder, offset: float = 0.0) -> str:
         y = _rms_norm(d, f"{name}.input_layernorm", x, offset)
         query, key, value = (linear(f"{name}.self_attn.{p}_proj", y) for p in "qkv")
         query, key = (
-            turn(graph, _head_norm(d, f"{name}.self_attn.{p}_norm", h, count, offset), turned, count)
+            turn(
+                graph, _head_norm(d, f"{name}.self_attn.{p}_norm", h, count, offset), turned, count
+            )
             for p, h, count in zip("qk", (query, key), head_counts(config), strict=False)
         )
         y = attend(
@@ -135,7 +137,9 @@ def _layer_kinds(config: Any) -> list[str]:
     kinds = getattr(config, "layer_types", None)
     if kinds is not None:
         if odd := set(kinds) - {_ALL, _WINDOW}:
-            raise ExportError(f"The model has layers of type '{min(odd)}', which ONNX is written without.")
+            raise ExportError(
+                f"The model has layers of type '{min(odd)}', which ONNX is written without."
+            )
         return list(kinds)
     windowed = getattr(config, "sliding_window", None) and config.model_type == "mistral"
     return [_WINDOW if windowed else _ALL] * config.num_hidden_layers

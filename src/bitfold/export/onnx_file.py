@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from bitfold.errors import ExportError, OutputError
+from bitfold.export import compressed_tensors
 from bitfold.export.artifact import companion_files, copy_companions
 from bitfold.export.directory import complete, staged
 from bitfold.export.exported import Exported
@@ -52,8 +53,12 @@ def export_onnx(model: StoredModel, out: Path, progress: Progress, *, form: str)
             content = graph.to_bytes(model.checkpoint.path.name, metadata)
             (directory / GRAPH_FILE).write_bytes(content)
             _add_rest(model, config, directory)
-            sums = {"form": form, "rounds_inputs": linears.rounds}
-            complete(directory, "onnx", {n: asdict(s) for n, s in graph.stored.items()}, sums)
+            more = {
+                "form": form,
+                "input_bits": linears.input_bits,
+                "simulation_unpacks_in_half": linears.half_scales and _unpacks_in_scales(model),
+            }
+            complete(directory, "onnx", {n: asdict(s) for n, s in graph.stored.items()}, more)
             size = sum(file.stat().st_size for file in directory.iterdir())
     except OSError as error:
         raise OutputError(
@@ -72,8 +77,8 @@ def _check(model: StoredModel) -> None:
         )
     if model.quantizes_heads:
         raise ExportError(
-            f"{path} quantizes queries, keys or values, which ONNX is written without: quantize by a scheme that leaves "
-            "them alone (without q and kv in its notation), or use another --to."
+            f"{path} quantizes queries, keys or values, which ONNX is written without: quantize by a scheme that "
+            "leaves them alone (without q and kv in its notation), or use another --to."
         )
 
 
@@ -87,6 +92,12 @@ def _add_rest(model: StoredModel, config: PretrainedConfig, directory: Path) -> 
     if (source / "verification.npz").is_file():
         shutil.copyfile(source / "verification.npz", directory / "verification.npz")
     _write(directory / "genai_config.json", genai_config(config, source))
+
+
+def _unpacks_in_scales(model: StoredModel) -> bool:
+    """Whether the artifact's own loader, and with it the simulation, unpacks weights in the dtype of their scales."""
+    settings = model.config.get("quantization_config") or {}
+    return settings.get("quant_method") == compressed_tensors.NAME
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:
@@ -104,6 +115,7 @@ def _notes(model: StoredModel, linears: Linears, form: str) -> Iterator[str]:
             f"weights of {min(few)} bits are stored in 4, which ONNX Runtime multiplies as they are packed; "
             'form="compact" stores fewer where it can, and is far slower'
         )
-    if not any(file.name.startswith("tokenizer") for file in companion_files(model.checkpoint.path)):
+    if not any(
+        file.name.startswith("tokenizer") for file in companion_files(model.checkpoint.path)
+    ):
         yield f"{model.checkpoint.path} has no tokenizer, so there is none beside the graph"
-

@@ -1,4 +1,4 @@
-"""`genai_config.json`, from which ONNX Runtime's generate() loop (onnxruntime-genai) learns a graph's inputs and sizes."""
+"""`genai_config.json`, from which onnxruntime-genai, ONNX Runtime's loop that generates, learns a graph's sizes."""
 
 from pathlib import Path
 from typing import Any

@@ -52,7 +52,9 @@ class Graph:
 
     # -- nodes -------------------------------------------------------------------------------------
 
-    def op(self, kind: str, *inputs: str, domain: str = "", out: str = "", **attributes: Any) -> str:
+    def op(
+        self, kind: str, *inputs: str, domain: str = "", out: str = "", **attributes: Any
+    ) -> str:
         """Add a node of one output, and give that value's name. An input that is left out is empty."""
         return self.ops(kind, inputs, [out or self._name(kind)], domain=domain, **attributes)[0]
 

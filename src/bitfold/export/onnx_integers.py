@@ -1,8 +1,8 @@
 """Integers of a weight as ONNX Runtime's MatMulNBits takes them: blocks of inputs, each with a scale and a zero-point.
 
-A value is s · (u − z), u and z unsigned in 2, 4 or 8 bits, s in float32 (ContribOperators.md of ONNX Runtime). Fewer bits
-stand in more without a change. On a CPU only 4 bits have a kernel that multiplies what is packed; the others unpack the
-whole weight for every token, a hundred times slower. So 5 to 8 bits are also said as two weights of 4,
+A value is s · (u − z), u and z unsigned in 2, 4 or 8 bits, s in float32 (ContribOperators.md of ONNX Runtime). Fewer
+bits stand in more without a change. On a CPU only 4 bits have a kernel that multiplies what is packed; the others
+unpack the whole weight for every token. So 5 to 8 bits are also said as two weights of 4,
 s · (u − z) = 16 s · (u_high − z_high) + s · (u_low − z_low), which is exact because u = 16 u_high + u_low, and z too.
 """
 

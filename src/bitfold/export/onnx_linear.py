@@ -1,4 +1,4 @@
-"""A linear layer in ONNX: its integers, scales and zero-points as they are, and its inputs quantized as in the simulation."""
+"""A linear layer in ONNX: its integers, scales and zero-points as they are, its inputs rounded as in the simulation."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -33,7 +33,8 @@ class Linears:
     """Writes linear layers of a model into a graph.
 
     Attributes: types (how many weights there are of each kind), unstored (layers whose integers have no place),
-    rounds (whether inputs are quantized in the graph).
+    input_bits (the fewest that inputs are rounded to in the graph), half_scales (whether scales are stored in half
+    precision).
     """
 
     def __init__(self, graph: Graph, model: StoredModel, packing: str) -> None:
@@ -42,7 +43,8 @@ class Linears:
         self._quantized: dict[tuple[object, ...], str] = {}  # inputs that several layers share
         self.types: Counter[str] = Counter()
         self.unstored: list[str] = []
-        self.rounds = False
+        self.input_bits: int | None = None
+        self.half_scales = False
 
     def __call__(self, layer: str, x: str, *, weight: str | None = None) -> str:
         """x [batch, length, in] → [batch, length, out], by a layer's full name.
@@ -54,11 +56,13 @@ class Linears:
         scheme = self._model.schemes.get(layer)
         activation = None if scheme is None else scheme.activation
         value = self._model.read(weight or f"{layer}.weight")
+        if isinstance(value, QuantizedTensor):
+            self.half_scales |= value.scale.dtype in (torch.bfloat16, torch.float16)
         calibrated: dict[str, Tensor] = {}
         if activation is not None:
             check_activation(layer, activation)
             calibrated = self._model.calibrated(layer)
-            self.rounds = True
+            self.input_bits = min(activation.bits, self.input_bits or activation.bits)
         if isinstance(value, QuantizedTensor) and _in_integers(value, activation):
             assert activation is not None
             result = self._integers(layer, x, value, activation, calibrated)
@@ -120,9 +124,17 @@ class Linears:
             if part.zeros is not None:
                 inputs.append(graph.store(f"{name}.zero_points", part.zeros))
             # Level 0: inputs stay in float32. The others may be rounded to 8 bits.
-            sizes = {"K": width, "N": out, "bits": part.bits, "block_size": part.block}
             results.append(
-                graph.op("MatMulNBits", *inputs, domain=MICROSOFT, accuracy_level=0, **sizes)
+                graph.op(
+                    "MatMulNBits",
+                    *inputs,
+                    domain=MICROSOFT,
+                    accuracy_level=0,
+                    K=width,
+                    N=out,
+                    bits=part.bits,
+                    block_size=part.block,
+                )
             )
         self.types[f"{len(parts)} × INT4" if len(parts) > 1 else f"INT{parts[0].bits}"] += (
             out * width
@@ -144,34 +156,28 @@ class Linears:
         activation: TensorScheme,
         calibrated: Mapping[str, Tensor],
     ) -> str:
-        """A product of integers. The weight lies as [in, out], as the nodes want it."""
+        """A product of integers. The weight lies as [in, out], as the nodes want it.
+
+        Inputs are unsigned, 128 higher and so is their zero-point: signed ones have no kernel that is quick.
+        """
         graph, out = self._graph, value.shape[0]
         codes = graph.store(f"{layer}.weight", value.codes.T)
-        scales = value.scale.float().expand(out, 1).flatten()
-        zeros = torch.zeros(out, dtype=torch.int8) if value.zero is None else value.zero
-        scale = graph.store(f"{layer}.weight.scales", scales)
-        zero = graph.store(f"{layer}.weight.zero_points", zeros.expand(out, 1).flatten() if zeros.ndim > 1 else zeros)
+        scale = graph.store(f"{layer}.weight.scales", _of_rows(value.scale.float(), out))
+        zeros = torch.zeros(1, 1, dtype=torch.int8) if value.zero is None else value.zero
+        zero = graph.store(f"{layer}.weight.zero_points", _of_rows(zeros, out))
         self.types["INT8"] += value.shape.numel()
+        middle = 128
         if activation.static:
-            x = self._static(x, activation, calibrated)
-            return graph.op("MatMul", x, graph.op("DequantizeLinear", codes, scale, zero, axis=1))
-        units, of_token = self._per_token(x, activation, calibrated)
-        # Unsigned inputs with zero at 128 are the same integers, and have a kernel that signed ones lack.
-        middle = graph.constant(np.array(128, dtype=np.uint8))
-        sums = graph.cast(graph.op("MatMulInteger", units, codes, middle, zero), torch.float32)
-        return graph.op("Mul", graph.op("Mul", sums, of_token), scale)
-
-    def _static(self, x: str, scheme: TensorScheme, calibrated: Mapping[str, Tensor]) -> str:
-        graph = self._graph
-        scale = graph.number(float(calibrated["input_scale"].float()))
-        zero = 0 if scheme.symmetric else int(calibrated["input_zero_point"])
-        point = graph.constant(np.array(zero, dtype=np.int8))
-
-        def add() -> str:
-            units = graph.op("QuantizeLinear", x, scale, point)
-            return graph.op("DequantizeLinear", units, scale, point)
-
-        return self._once(("static", x, scale, point), add)
+            middle += 0 if activation.symmetric else int(calibrated["input_zero_point"])
+            point = graph.constant(np.array(middle, dtype=np.uint8))
+            of_input = graph.number(calibrated["input_scale"].float().item())
+            key = ("static", x, of_input, point)
+            units = self._once(key, lambda: graph.op("QuantizeLinear", x, of_input, point))
+        else:
+            point = graph.constant(np.array(middle, dtype=np.uint8))
+            units, of_input = self._per_token(x, activation, calibrated)
+        sums = graph.cast(graph.op("MatMulInteger", units, codes, point, zero), torch.float32)
+        return graph.op("Mul", graph.op("Mul", sums, of_input), scale)
 
     def _per_token(
         self, x: str, scheme: TensorScheme, calibrated: Mapping[str, Tensor]
@@ -179,9 +185,7 @@ class Linears:
         graph = self._graph
         share = calibrated["input_share"].float().item() if scheme.clipped else None
         key = ("token", x, scheme, share)
-        scale = self._once(
-            (*key, "scale"), lambda: dynamic_scale(graph, x, scheme, calibrated)
-        )
+        scale = self._once((*key, "scale"), lambda: dynamic_scale(graph, x, scheme, calibrated))
 
         def add() -> str:
             codes = rounded(graph, x, scheme, scale, None)
@@ -203,6 +207,11 @@ class Linears:
         if key not in self._quantized:
             self._quantized[key] = add()
         return self._quantized[key]
+
+
+def _of_rows(value: Tensor, rows: int) -> Tensor:
+    """[rows or 1, 1] → [rows]."""
+    return value.expand(rows, 1).flatten()
 
 
 def _in_integers(value: QuantizedTensor, activation: TensorScheme | None) -> bool:
