@@ -29,13 +29,16 @@ def genai_config(config: PretrainedConfig, source: Path) -> dict[str, Any]:
         # Without it processors before VNNI saturate sums of 8 by 8 bits.
         "session.x64quantprecision": "1",
     }
+    special = {
+        "bos_token_id": asked.get("bos_token_id", made.bos_token_id),
+        "eos_token_id": ends,
+        "pad_token_id": first_end if pad is None else pad,
+    }
     inputs = {name: name for name in ("input_ids", "attention_mask", "position_ids")}
     return {
         "model": {
             "type": _TYPES.get(made.model_type, made.model_type),
-            "bos_token_id": asked.get("bos_token_id", made.bos_token_id),
-            "eos_token_id": ends,
-            "pad_token_id": first_end if pad is None else pad,
+            **{name: token for name, token in special.items() if token is not None},
             "context_length": made.max_position_embeddings,
             "vocab_size": made.vocab_size,
             "decoder": {
