@@ -13,6 +13,8 @@ from bitfold.errors import CheckpointError, MissingExtraError
 
 __all__ = ["OnnxRuntime"]
 
+_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
 
 class OnnxRuntime:
     """A model of one sequence with its cache. Attributes: vocabulary."""
@@ -39,7 +41,7 @@ class OnnxRuntime:
                 "version; export it again."
             ) from error
         self._empty = {
-            entry.name: np.zeros((1, entry.shape[1], 0, entry.shape[3]), dtype=np.float32)
+            entry.name: np.zeros((1, entry.shape[1], 0, entry.shape[3]), dtype=_DTYPES[entry.type])
             for entry in self._session.get_inputs()
             if entry.name.startswith("past_key_values.")
         }

@@ -30,7 +30,7 @@ _UNPACKED = 0.01
 # Where inputs are rounded, a difference of 1e-7 now and then gives another integer, in PyTorch as here: 0.015 at 8 bits
 # and 0.1 at 4, of six layers.
 _ROUNDED, _ROUNDED_FEW = 0.05, 0.25
-# The simulation ran in half precision.
+# The simulation ran in half precision, or the graph does.
 _HALF = 0.1
 
 
@@ -132,4 +132,6 @@ def _tolerance(content: Mapping[str, Any], probe: Probe) -> float:
         return _HALF
     if (bits := content.get("input_bits")) is not None:
         return _ROUNDED if bits >= 8 else _ROUNDED_FEW
+    if content.get("form") == "tensorrt":
+        return _HALF
     return _UNPACKED if content.get("simulation_unpacks_in_half") else _EXACT

@@ -30,7 +30,8 @@ class Target:
 TARGETS: dict[str, Target] = {
     "gguf": Target({"gguf": export_gguf}),
     "onnx": Target(
-        {form: partial(export_onnx, form=form) for form in ("fast", "compact")}, directory=True
+        {form: partial(export_onnx, form=form) for form in ("fast", "compact", "tensorrt")},
+        directory=True,
     ),
 }
 
@@ -47,7 +48,8 @@ def export_to(
     """Write an artifact, or a checkpoint that is not quantized, in the format of another engine.
 
     to: `gguf`, one file for llama.cpp; `onnx`, a directory for ONNX Runtime. out: the exact path.
-    form: of onnx `fast` (the usual one: all integers in 4 bits, or in two times 4) or `compact` (2, 4 or 8).
+    form: of onnx `fast` (the usual one: all integers in 4 bits, or in two times 4), `compact` (in 2, 4 or 8) or
+    `tensorrt` (explicit QuantizeLinear and DequantizeLinear of 8 bits, the rest in half precision).
     progress: (steps done, of how many, which).
 
     >>> bitfold.export_to("llama-w4", "gguf", "llama-w4.gguf")  # doctest: +SKIP

@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from bitfold.errors import ExportError
+from bitfold.export import onnx_basic as basic
 from bitfold.export.onnx_graph import Graph
 from bitfold.models.family import head_counts
 
@@ -21,7 +22,7 @@ _FIXED_ROTARY = ("default", "linear", "llama3", "yarn")
 
 @dataclass(frozen=True)
 class Inputs:
-    """Names of the graph's inputs. cache: (key, value) of each layer, [batch, KV heads, past, head_dim] float32."""
+    """Names of the graph's inputs. cache: (key, value) of each layer, [batch, KV heads, past, head_dim]."""
 
     tokens: str
     mask: str
@@ -42,14 +43,15 @@ def declare_inputs(graph: Graph, config: PretrainedConfig) -> Inputs:
     cache, of which there are `past` = total − length tokens."""
     _, kv_heads, head_dim = head_counts(config)
     shape = ("batch", kv_heads, "past", head_dim)
+    dtype = graph.dtype
     tokens = graph.input("input_ids", torch.int64, ("batch", "length"))
     mask = graph.input("attention_mask", torch.int64, ("batch", "total"))
     positions = graph.input("position_ids", torch.int64, ("batch", "length"))
     layers: Any = range(config.num_hidden_layers)
     cache = tuple(
         (
-            graph.input(f"past_key_values.{i}.key", torch.float32, shape),
-            graph.input(f"past_key_values.{i}.value", torch.float32, shape),
+            graph.input(f"past_key_values.{i}.key", dtype, shape),
+            graph.input(f"past_key_values.{i}.value", dtype, shape),
         )
         for i in layers
     )
@@ -89,11 +91,15 @@ def rotary(
     if scaling != 1.0:
         factor = graph.number(scaling)
         cosine, sine = graph.op("Mul", cosine, factor), graph.op("Mul", sine, factor)
+    if graph.dtype != torch.float32:
+        cosine, sine = graph.cast(cosine, graph.dtype), graph.cast(sine, graph.dtype)
     return Rotary(cosine, sine)
 
 
 def turn(graph: Graph, x: str, angles: Rotary, heads: int) -> str:
     """x [batch, length, heads · head_dim] with each pair (half a head apart) turned by its angle."""
+    if graph.basic:
+        return basic.turn(graph, x, angles.cosine, angles.sine, heads)
     return graph.op("RotaryEmbedding", x, angles.cosine, angles.sine, num_heads=heads)
 
 
@@ -108,15 +114,17 @@ def attend(
     softcap: float = 0.0,
 ) -> str:
     """Queries, keys and values [batch, length, heads · head_dim] → [batch, length, query heads · head_dim]."""
-    query_heads, kv_heads, _ = head_counts(config)
+    counts = head_counts(config)
     present = [f"present.{layer}.key", f"present.{layer}.value"]
     past = [f"past_key_values.{layer}.key", f"past_key_values.{layer}.value"]
+    if graph.basic:
+        return basic.attend(graph, heads, mask, past, present, counts, scale=scale, softcap=softcap)
     return graph.ops(
         "Attention",
         [*heads, mask, *past],
         ["", *present],
-        q_num_heads=query_heads,
-        kv_num_heads=kv_heads,
+        q_num_heads=counts[0],
+        kv_num_heads=counts[1],
         scale=scale,
         softcap=softcap,
     )[0]

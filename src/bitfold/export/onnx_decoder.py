@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from bitfold.errors import ExportError
+from bitfold.export import onnx_basic as basic
 from bitfold.export.onnx_attention import (
     Inputs,
     attend,
@@ -58,14 +59,14 @@ def add_decoder(
         )
     decoder = _Decoder(graph, linears, model, config, declare_inputs(graph, config), step)
     logits = DECODERS[kind](decoder)
-    graph.op("Identity", logits, out="logits")
+    graph.op("Cast", logits, to=1, out="logits")  # 1: float32
     made: Any = config
     _, kv_heads, head_dim = head_counts(config)
     graph.output("logits", torch.float32, ("batch", "length", made.vocab_size))
     for layer in range(made.num_hidden_layers):
         for part in ("key", "value"):
             shape = ("batch", kv_heads, "total", head_dim)
-            graph.output(f"present.{layer}.{part}", torch.float32, shape)
+            graph.output(f"present.{layer}.{part}", graph.dtype, shape)
 
 
 # -- Llama and its relatives -----------------------------------------------------------------------
@@ -87,7 +88,7 @@ def _gated(d: _Decoder, offset: float = 0.0) -> str:
     d.step("model.embed_tokens")
     x = _embedding(d, "model.embed_tokens.weight")
     if offset:
-        x = graph.op("Mul", x, graph.number(config.hidden_size**0.5))
+        x = graph.op("Mul", x, graph.number(config.hidden_size**0.5, graph.dtype))
     kinds = _layer_kinds(config)
     masks = {k: seen(graph, d.inputs, _window(config, k)) for k in dict.fromkeys(kinds)}
     several = _ALL in config.rope_parameters or _WINDOW in config.rope_parameters
@@ -99,6 +100,7 @@ def _gated(d: _Decoder, offset: float = 0.0) -> str:
     for layer, kind in enumerate(kinds):
         name = f"model.layers.{layer}"
         d.step(name)
+        graph.scope = name
         turned = angles[kind if several else _ALL]
         y = _rms_norm(d, f"{name}.input_layernorm", x, offset)
         query, key, value = (linear(f"{name}.self_attn.{p}_proj", y) for p in "qkv")
@@ -125,8 +127,10 @@ def _gated(d: _Decoder, offset: float = 0.0) -> str:
             y = _rms_norm(d, f"{name}.post_feedforward_layernorm", y, offset)
         x = graph.op("Add", x, y)
     d.step("lm_head")
+    graph.scope = "model"
     logits = _head(d, _rms_norm(d, "model.norm", x, offset), "model.embed_tokens.weight")
     if cap := getattr(config, "final_logit_softcapping", None):
+        logits = graph.cast(logits, torch.float32)
         logits = graph.op("Tanh", graph.op("Div", logits, graph.number(cap)))
         logits = graph.op("Mul", logits, graph.number(cap))
     return logits
@@ -173,6 +177,7 @@ def _opt(d: _Decoder) -> str:
     for layer in range(config.num_hidden_layers):
         name = f"{prefix}.layers.{layer}"
         d.step(name)
+        graph.scope = name
         y = _layer_norm(d, f"{name}.self_attn_layer_norm", x) if first else x
         query, key, value = (linear(f"{name}.self_attn.{p}_proj", y) for p in "qkv")
         y = attend(graph, (query, key, value), mask, layer, config, scale=_scale(config))
@@ -183,6 +188,7 @@ def _opt(d: _Decoder) -> str:
         x = graph.op("Add", x, y)
         x = x if first else _layer_norm(d, f"{name}.final_layer_norm", x)
     d.step("lm_head")
+    graph.scope = "model"
     if first and not getattr(config, "_remove_final_layer_norm", False):
         x = _layer_norm(d, f"{prefix}.final_layer_norm", x)
     if config.word_embed_proj_dim != config.hidden_size:
@@ -198,8 +204,9 @@ def _embedding(d: _Decoder, name: str, indices: str | None = None) -> str:
     value = d.model.read(name)
     if not isinstance(value, Tensor):
         value = value.dequantize(torch.float32)
-    rows = d.graph.op("Gather", d.linear.matrix(name, value), indices or d.inputs.tokens)
-    return rows if value.dtype == torch.float32 else d.graph.cast(rows, torch.float32)
+    matrix, dtype = d.linear.matrix(name, value)
+    rows = d.graph.op("Gather", matrix, indices or d.inputs.tokens)
+    return rows if dtype == d.graph.dtype else d.graph.cast(rows, d.graph.dtype)
 
 
 def _head(d: _Decoder, x: str, embedding: str) -> str:
@@ -207,9 +214,12 @@ def _head(d: _Decoder, x: str, embedding: str) -> str:
 
 
 def _rms_norm(d: _Decoder, name: str, x: str, offset: float) -> str:
-    d.graph.scope = name
     gain = d.linear.vector(f"{name}.weight", offset=offset)
-    return d.graph.op("RMSNormalization", x, gain, axis=-1, epsilon=float(d.config.rms_norm_eps))
+    epsilon = float(d.config.rms_norm_eps)
+    with d.graph.within(name):
+        if d.graph.basic:
+            return basic.rms_norm(d.graph, x, gain, epsilon)
+        return d.graph.op("RMSNormalization", x, gain, axis=-1, epsilon=epsilon)
 
 
 def _head_norm(d: _Decoder, name: str, x: str, heads: int, offset: float) -> str:
@@ -223,12 +233,14 @@ def _head_norm(d: _Decoder, name: str, x: str, heads: int, offset: float) -> str
 
 
 def _layer_norm(d: _Decoder, name: str, x: str) -> str:
-    d.graph.scope = name
     if f"{name}.weight" in d.model.checkpoint.tensors:
         parts = [d.linear.vector(f"{name}.weight"), d.linear.vector(f"{name}.bias")]
     else:
         parts = [d.graph.constant(torch.ones(d.config.hidden_size).numpy())]
-    return d.graph.op("LayerNormalization", x, *parts, axis=-1, epsilon=1e-5)
+    with d.graph.within(name):
+        if d.graph.basic:
+            return basic.layer_norm(d.graph, x, parts, 1e-5)
+        return d.graph.op("LayerNormalization", x, *parts, axis=-1, epsilon=1e-5)
 
 
 def _activated(d: _Decoder, x: str) -> str:

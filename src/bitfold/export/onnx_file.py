@@ -5,8 +5,9 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import torch
 from transformers import PretrainedConfig
 
 from bitfold.errors import ExportError, OutputError
@@ -18,6 +19,7 @@ from bitfold.export.onnx_decoder import add_decoder
 from bitfold.export.onnx_genai import genai_config
 from bitfold.export.onnx_graph import DATA_FILE, Graph, onnx_package
 from bitfold.export.onnx_linear import Linears
+from bitfold.export.onnx_tensorrt import TensorRtLinears, tensorrt_faults
 from bitfold.export.reading import StoredModel
 from bitfold.models.config import read_config
 from bitfold.version import VERSION
@@ -31,7 +33,7 @@ GRAPH_FILE = "model.onnx"
 def export_onnx(model: StoredModel, out: Path, progress: Progress, *, form: str) -> Exported:
     """Write an artifact as a directory with model.onnx, which appears whole or not at all.
 
-    form: `fast` or `compact` (`onnx_integers`). One weight is in memory at a time.
+    form: `fast` or `compact` (`onnx_integers`), or `tensorrt` (`onnx_tensorrt`). One weight is in memory at a time.
     Raises ExportError for what ONNX Runtime would run differently, OutputError where it cannot be written,
     MissingExtraError without the package onnx.
     """
@@ -44,14 +46,15 @@ def export_onnx(model: StoredModel, out: Path, progress: Progress, *, form: str)
     try:
         with staged(out) as directory:
             with (directory / DATA_FILE).open("wb") as data:
-                graph = Graph(data)
-                linears = Linears(graph, model, form)
+                graph, linears = _started(data, model, form)
                 add_decoder(
                     graph, linears, model, config, lambda what: progress(next(done), steps, what)
                 )
             metadata = {"bitfold": VERSION, "form": form}
             content = graph.to_bytes(model.checkpoint.path.name, metadata)
             (directory / GRAPH_FILE).write_bytes(content)
+            if form == "tensorrt" and (faults := tensorrt_faults(directory / GRAPH_FILE)):
+                raise ExportError(f"TensorRT would not take the graph: {faults[0]}.")
             _add_rest(model, config, directory)
             more = {
                 "form": form,
@@ -66,6 +69,15 @@ def export_onnx(model: StoredModel, out: Path, progress: Progress, *, form: str)
         ) from error
     progress(1, 1, "done")
     return Exported(out, "onnx", size, dict(linears.types), tuple(_notes(model, linears, form)))
+
+
+def _started(data: BinaryIO, model: StoredModel, form: str) -> tuple[Graph, Linears]:
+    """A graph, and what writes linear layers into it."""
+    if form == "tensorrt":
+        graph = Graph(data, dtype=torch.float16, basic=True)
+        return graph, TensorRtLinears(graph, model)
+    graph = Graph(data)
+    return graph, Linears(graph, model, form)
 
 
 def _check(model: StoredModel) -> None:
@@ -115,6 +127,12 @@ def _notes(model: StoredModel, linears: Linears, form: str) -> Iterator[str]:
             f"weights of {min(few)} bits are stored in 4, which ONNX Runtime multiplies as they are packed; "
             'form="compact" stores fewer where it can, and is far slower'
         )
+    if isinstance(linears, TensorRtLinears):
+        yield "layers that are not quantized, and what is between layers, are in half precision"
+        if linears.scale_error:
+            yield (
+                f"scales are rounded to half precision, by at most {linears.scale_error:.1e} of their size"
+            )
     if not any(
         file.name.startswith("tokenizer") for file in companion_files(model.checkpoint.path)
     ):

@@ -1,7 +1,9 @@
 """An ONNX graph that is built node by node, its weights written to a file beside it as they come."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -12,11 +14,10 @@ from torch import Tensor
 from bitfold.errors import MissingExtraError
 from bitfold.export.artifact import tensor_sum
 
-__all__ = ["DATA_FILE", "MICROSOFT", "OPSET", "Graph", "Stored", "onnx_package"]
+__all__ = ["DATA_FILE", "MICROSOFT", "Graph", "Stored", "onnx_package"]
 
-OPSET = 23
-# ONNX's intermediate representation: the first that has this opset.
-_IR_VERSION = 11
+# Attention, norms and rotary embeddings are nodes of 23. Each opset with the first intermediate representation for it.
+_OPSET, _BASIC_OPSET = (23, 11), (21, 10)
 MICROSOFT = "com.microsoft"
 DATA_FILE = "model.onnx.data"
 # Large tensors begin at a page of memory, so that they can be mapped; a page of Apple's processors has 16 KiB.
@@ -35,11 +36,15 @@ class Stored:
 class Graph:
     """Nodes, inputs and outputs; constants lie in the graph, weights in the data file, one at a time.
 
-    Attributes: stored (weight's name → Stored), scope (put before the names of nodes).
+    Attributes: stored (weight's name → Stored), scope (put before the names of nodes), dtype (in which the model
+    computes), basic (whether it does without the nodes of opset 23).
     """
 
-    def __init__(self, data: BinaryIO) -> None:
+    def __init__(
+        self, data: BinaryIO, *, dtype: torch.dtype = torch.float32, basic: bool = False
+    ) -> None:
         """data: where the weights go. Raises MissingExtraError without the package onnx."""
+        self.dtype, self.basic = dtype, basic
         self._onnx = onnx_package()
         self._data = data
         self._nodes: list[Any] = []
@@ -47,6 +52,7 @@ class Graph:
         self._constants: dict[tuple[str, tuple[int, ...], bytes], Any] = {}
         self._inputs: list[Any] = []
         self._outputs: list[Any] = []
+        self._names = count()
         self.stored: dict[str, Stored] = {}
         self.scope = "model"
 
@@ -75,12 +81,19 @@ class Graph:
         self._nodes.append(node)
         return names
 
+    @contextmanager
+    def within(self, scope: str) -> Iterator[None]:
+        """Nodes that are added meanwhile are named after a part of the model."""
+        before, self.scope = self.scope, scope
+        yield
+        self.scope = before
+
     def cast(self, value: str, dtype: torch.dtype) -> str:
         """A value in another dtype."""
         return self.op("Cast", value, to=self._type(dtype))
 
     def _name(self, kind: str) -> str:
-        return f"{self.scope}/{kind}_{len(self._nodes)}"
+        return f"{self.scope}/{kind}_{next(self._names)}"
 
     # -- values that are known ---------------------------------------------------------------------
 
@@ -95,9 +108,9 @@ class Graph:
         assert isinstance(name, str)
         return name
 
-    def number(self, value: float) -> str:
-        """A float32 scalar."""
-        return self.constant(np.array(value, dtype=np.float32))
+    def number(self, value: float, dtype: torch.dtype = torch.float32) -> str:
+        """A scalar."""
+        return self.constant(torch.tensor(value, dtype=dtype).numpy())
 
     def integers(self, *values: int) -> str:
         """A vector of int64."""
@@ -143,12 +156,15 @@ class Graph:
     def to_bytes(self, name: str, metadata: dict[str, str]) -> bytes:
         """The file model.onnx, without the weights."""
         helper = self._onnx.helper
+        opset, representation = _BASIC_OPSET if self.basic else _OPSET
+        opsets = [helper.make_opsetid("", opset)]
+        opsets += [] if self.basic else [helper.make_opsetid(MICROSOFT, 1)]
         weights = [*self._weights, *self._constants.values()]
         graph = helper.make_graph(self._nodes, name, self._inputs, self._outputs, weights)
         model = helper.make_model(
             graph,
-            opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)],
-            ir_version=_IR_VERSION,
+            opset_imports=opsets,
+            ir_version=representation,
             producer_name="bitfold",
         )
         helper.set_model_props(model, metadata)

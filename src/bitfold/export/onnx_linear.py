@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bitfold.errors import ExportError
 from bitfold.export.onnx_activations import (
     check_activation,
     dynamic_scale,
@@ -52,10 +53,14 @@ class Linears:
         weight: the parameter's name, if it is another layer's (a head that is tied to the embedding).
         Raises ExportError for a scheme that has no nodes.
         """
-        self._graph.scope = layer
+        with self._graph.within(layer):
+            return self._layer(layer, x, weight or f"{layer}.weight")
+
+    def _layer(self, layer: str, x: str, name: str) -> str:
+        """name: of the weight."""
         scheme = self._model.schemes.get(layer)
         activation = None if scheme is None else scheme.activation
-        value = self._model.read(weight or f"{layer}.weight")
+        value = self._model.read(name)
         if isinstance(value, QuantizedTensor):
             self.half_scales |= value.scale.dtype in (torch.bfloat16, torch.float16)
         calibrated: dict[str, Tensor] = {}
@@ -63,41 +68,54 @@ class Linears:
             check_activation(layer, activation)
             calibrated = self._model.calibrated(layer)
             self.input_bits = min(activation.bits, self.input_bits or activation.bits)
-        if isinstance(value, QuantizedTensor) and _in_integers(value, activation):
-            assert activation is not None
-            result = self._integers(layer, x, value, activation, calibrated)
-        else:
-            if activation is not None:
-                x = self._fake_quantized(x, activation, calibrated)
-            if isinstance(value, Tensor):
-                result = self._plain(x, weight or f"{layer}.weight", value)
-            elif (block := block_size(value)) is not None:
-                result = self._blocks(layer, x, value, block)
-            else:
-                result = self._values(layer, x, value)
+        result = self._product(layer, x, name, value, activation, calibrated)
         bias = f"{layer}.bias"
         if bias not in self._model.checkpoint.tensors:
             return result
-        return self._graph.op("Add", result, self.vector(bias))
+        return self._graph.op("Add", result, self.vector(bias, dtype=self._graph.dtype))
 
-    def vector(self, name: str, *, offset: float = 0.0) -> str:
-        """A vector in float32, with something added to it."""
+    def vector(self, name: str, *, offset: float = 0.0, dtype: torch.dtype = torch.float32) -> str:
+        """A vector, with something added to it."""
         value = self._model.read(name)
         assert isinstance(value, Tensor)
         self.types["FLOAT"] += value.numel() * (name not in self._graph.stored)
-        return self._graph.store(name, value.float() + offset)
+        return self._graph.store(name, _checked(name, (value.float() + offset).to(dtype)))
 
-    def matrix(self, name: str, value: Tensor) -> str:
-        """A matrix [out, in] in the dtype it is stored in: it is cast after it is read."""
+    def matrix(self, name: str, value: Tensor) -> tuple[str, torch.dtype]:
+        """A matrix [out, in], and the dtype that it is in: the graph's, if that is half precision, or the one it is
+        stored in, and cast after it is read."""
+        if self._graph.dtype != torch.float32:
+            value = _checked(name, value.to(self._graph.dtype))
         value = value if value.dtype in _PLAIN else value.float()
         kind = {torch.bfloat16: "BFLOAT16", torch.float16: "FLOAT16"}.get(value.dtype, "FLOAT")
         self.types[kind] += value.numel() * (name not in self._graph.stored)
-        return self._graph.store(name, value)
+        return self._graph.store(name, value), value.dtype
+
+    def _product(
+        self,
+        layer: str,
+        x: str,
+        name: str,
+        value: QuantizedTensor | Tensor,
+        activation: TensorScheme | None,
+        calibrated: Mapping[str, Tensor],
+    ) -> str:
+        """Without the bias. name: of the weight."""
+        if isinstance(value, QuantizedTensor) and _in_integers(value, activation):
+            assert activation is not None
+            return self._integers(layer, x, value, activation, calibrated)
+        if activation is not None:
+            x = self._fake_quantized(x, activation, calibrated)
+        if isinstance(value, Tensor):
+            return self._plain(x, name, value)
+        if (block := block_size(value)) is not None:
+            return self._blocks(layer, x, value, block)
+        return self._values(layer, x, value)
 
     def _plain(self, x: str, name: str, value: Tensor) -> str:
-        stored = self.matrix(name, value)
-        if value.dtype in (torch.bfloat16, torch.float16):
-            stored = self._graph.cast(stored, torch.float32)
+        stored, dtype = self.matrix(name, value)
+        if dtype != self._graph.dtype:
+            stored = self._graph.cast(stored, self._graph.dtype)
         return self._graph.op("MatMul", x, self._graph.op("Transpose", stored, perm=[1, 0]))
 
     def _values(self, layer: str, x: str, value: QuantizedTensor) -> str:
@@ -207,6 +225,15 @@ class Linears:
         if key not in self._quantized:
             self._quantized[key] = add()
         return self._quantized[key]
+
+
+def _checked(name: str, value: Tensor) -> Tensor:
+    """A parameter that is finite. Raises ExportError."""
+    if not torch.isfinite(value).all():
+        raise ExportError(
+            f"{name} has values beyond the range of half precision: use another form."
+        )
+    return value
 
 
 def _of_rows(value: Tensor, rows: int) -> Tensor:
