@@ -175,11 +175,18 @@ def model_table(rows: list[Row], reference: list[Row], options: argparse.Namespa
     for name in texts:
         cells[0] += [f"{original['texts'][name]['perplexity']:.3f}", "1", "0", "", ""]
     cells[0] += ["", "", ""]
-    for scheme in options.scheme:
+    for place, scheme in enumerate(options.scheme):
         group = [row for row in others if row["scheme"] == scheme]
+        later = options.scheme[
+            place + 1 :
+        ]  # where several of ours stand beside a row of theirs, the last does
         floor = next((row for row in group if row["method"] == "rtn"), None)
         cells += [row_cells(row, original, floor, texts) for row in group]
-        theirs = [row for row in reference if compares(row, scheme)]
+        theirs = [
+            row
+            for row in reference
+            if compares(row, scheme) and not any(compares(row, other) for other in later)
+        ]
         cells += [reference_cells(row, texts, options) for row in theirs]
     if not any(line[header.index("runs")] for line in cells):
         lines = [header, *cells]

@@ -115,7 +115,7 @@ MUST_NOT_REACH = {
     ),
     "data": ("pipeline", "cli", "report", "recipe", "models"),
     "evaluate": ("pipeline", "cli", "report", "recipe"),
-    "pipeline": ("cli", "report"),
+    "pipeline": ("cli", "report", "engines"),
     "engines": ("cli", "report"),
 }
 

@@ -5,11 +5,22 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from bitfold.cli import _named_files, _progress, app
+from bitfold.cli import _progress, app
 from bitfold.errors import DataError
+from bitfold.report.measuring import named_files
 from bitfold.version import VERSION
 
-COMMANDS = ("quantize", "eval", "verify", "inspect", "recipes", "generate", "demo")
+COMMANDS = (
+    "quantize",
+    "eval",
+    "verify",
+    "export",
+    "import",
+    "inspect",
+    "recipes",
+    "generate",
+    "demo",
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -32,13 +43,13 @@ def test_version() -> None:
 def test_names_of_texts(tmp_path: Path) -> None:
     odd = tmp_path / "a=b.txt"
     odd.write_text("x")
-    assert _named_files(["wiki=w.txt", "some/dir/news.txt", str(odd)]) == {
+    assert named_files(["wiki=w.txt", "some/dir/news.txt", str(odd)]) == {
         "wiki": Path("w.txt"),
         "news": Path("some/dir/news.txt"),
         "a=b": odd,
     }
     with pytest.raises(DataError, match="Two texts are named 'w'"):
-        _named_files(["w.txt", "w=other.txt"])
+        named_files(["w.txt", "w=other.txt"])
 
 
 def test_a_log_gets_a_line_for_every_tenth(capsys: pytest.CaptureFixture[str]) -> None:

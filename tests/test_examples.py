@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from bitfold import Recipe
+from bitfold.evaluate.choices import read_questions
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -26,3 +27,11 @@ def test_the_recipe_gives_layers_their_own_schemes() -> None:
 def test_the_script_compiles() -> None:
     file = EXAMPLES / "quantize_and_compare.py"
     compile(file.read_text(encoding="utf-8"), str(file), "exec")
+
+
+def test_the_questions_can_be_asked() -> None:
+    assert [question.answer for question in read_questions(EXAMPLES / "questions.jsonl")] == [
+        0,
+        1,
+        2,
+    ]

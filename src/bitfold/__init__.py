@@ -9,8 +9,9 @@ Importing bitfold also teaches transformers to load artifacts in bitfold's own f
 
 from bitfold.allocation import Mixed
 from bitfold.errors import BitfoldError
-from bitfold.evaluate import evaluate, generate
+from bitfold.evaluate import evaluate, evaluate_kl_base, evaluate_tasks, generate, write_kl_base
 from bitfold.export.exporting import export_to
+from bitfold.export.importing import import_checkpoint
 from bitfold.numerics import QuantizedTensor, Scheme
 from bitfold.pipeline.quantize import Quantization, quantize
 from bitfold.pipeline.sensitivity import Sensitivity, sensitivity
@@ -31,12 +32,16 @@ __all__ = [
     "Sensitivity",
     "__version__",
     "evaluate",
+    "evaluate_kl_base",
+    "evaluate_tasks",
     "export_to",
     "generate",
+    "import_checkpoint",
     "load",
     "load_tokenizer",
     "quantize",
     "quantized_cache",
     "sensitivity",
     "verify",
+    "write_kl_base",
 ]

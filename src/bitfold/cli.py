@@ -7,7 +7,7 @@ import typer
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from bitfold.errors import DataError, did_you_mean
+from bitfold.errors import did_you_mean
 from bitfold.report import outcome, terminal
 from bitfold.report.ending import USAGE_ERROR, ending
 from bitfold.report.mixed import mixed_options
@@ -64,6 +64,7 @@ Model = Annotated[
 
 
 _MIXED: Any = {"rich_help_panel": "Mixed precision"}
+_ENGINE: Any = {"rich_help_panel": "In another engine"}
 
 
 @app.command(
@@ -216,63 +217,123 @@ def _sensitivity(model: str, options: dict[str, Any], refused: dict[str, Any], j
 
 
 @app.command(
-    epilog="Example: bitfold eval ./llama-w4 --text wiki.test.txt --against ./llama-3.2-1b"
+    epilog="Example: bitfold eval ./llama-w4 --text wiki.test.txt --tasks arc_easy,mine.jsonl --against ./llama-3.2-1b"
 )
 def eval(
     model: Model,
     text: Annotated[
-        list[str], typer.Option(metavar="[NAME=]FILE", help="Evaluation text; may be repeated.")
-    ],
+        list[str] | None,
+        typer.Option(metavar="[NAME=]FILE", help="Evaluation text; may be repeated."),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,…", help="Files of questions (.jsonl), and tasks of lm-eval."),
+    ] = None,
+    kl_base: Annotated[
+        Path | None,
+        typer.Option(help="llama.cpp's --kl-divergence-base FILE: compare with its logits."),
+    ] = None,
+    write: Annotated[
+        bool, typer.Option("--write", help="Make the file of --kl-base, of MODEL on --text.")
+    ] = False,
     sequence_length: Annotated[
-        int | None, typer.Option(help="Tokens of a window; default: the model's, at most 2048.")
+        int | None,
+        typer.Option(help="Tokens of a window; default: the model's, at most 2048 (--write: 512)."),
     ] = None,
     against: Annotated[
-        str | None, typer.Option(help="The original: adds KL and top-1 agreement.")
+        str | None,
+        typer.Option(help="The original: adds KL and top-1 agreement; of tasks, the recovery."),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(help="Only the first so many windows of a text, questions of a task."),
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     json: Json = False,
 ) -> None:
-    """Perplexity of a model on a text, and its distance to the original."""
-    from bitfold.evaluate.perplexity import evaluate
+    """Perplexity of a model on a text, accuracy on tasks, and its distance to the original."""
+    from bitfold.report.measuring import Measures, measure, print_measures
 
-    texts = _named_files(text)
+    measures = Measures(text or (), tasks, kl_base, write, against, sequence_length, limit)
+    measures.check()
     with _progress("evaluating") as progress:
-        result = evaluate(
-            model,
-            texts,
-            sequence_length=sequence_length,
-            against=against,
-            device=device,
-            dtype=dtype,
-            progress=lambda done, total: progress(done, total, "window"),
-        )
-    if json:
-        terminal.print_json(result.to_json())
-    else:
-        figures = {name: row.to_json() for name, row in result.texts.items()}
-        terminal.console().print(terminal.evaluation_table(figures))
+        found = measure(model, measures, device, dtype, progress)
+    print_measures(found, json)
 
 
 @app.command(epilog="Example: bitfold verify ./llama-w4")
 def verify(
-    out: Annotated[str, typer.Argument(metavar="OUT", help="An artifact of bitfold.")],
+    out: Annotated[
+        str,
+        typer.Argument(metavar="OUT", help="An artifact of bitfold, or a GGUF file made from one."),
+    ],
+    engine: Annotated[
+        str | None, typer.Option(help="vllm: run it there too, and compare.", **_ENGINE)
+    ] = None,
+    engine_python: Annotated[
+        str | None, typer.Option(help="The python of the engine's environment.", **_ENGINE)
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Of a GGUF file: the artifact it was made from.", **_ENGINE)
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="A text to compare on; vllm: an embedded one.", **_ENGINE)
+    ] = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Load an artifact the way a user would, and compare it with the simulation recorded at quantization."""
-    from bitfold.pipeline.verify import verify as run
+    """Load a result the way a user would, and compare it with the simulation recorded at quantization."""
+    from bitfold.report.verifying import verify_and_print
 
-    with terminal.console(stderr=True).status("verifying") as status:
-        result = run(out, device=device, progress=lambda what: status.update(what))
+    verify_and_print(out, engine, engine_python, against, text, device, json)
+
+
+@app.command(epilog="Example: bitfold export ./llama-w4 --to gguf -o llama-w4.gguf")
+def export(
+    artifact: Annotated[
+        Path,
+        typer.Argument(metavar="ARTIFACT", help="What `bitfold quantize` wrote, or a checkpoint."),
+    ],
+    to: Annotated[str, typer.Option(help="gguf (llama.cpp), gptq or awq.")],
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="The exact path: a file for gguf, else a directory.")
+    ],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at OUT.")] = False,
+    json: Json = False,
+) -> None:
+    """An artifact in the format of another engine: its integers, scales and zero-points as they are."""
+    from bitfold.export.exporting import export_to
+
+    with _progress("exporting") as progress:
+        result = export_to(artifact, to, out, overwrite=overwrite, progress=progress)
     if json:
         terminal.print_json(result.to_json())
     else:
-        terminal.console().print(
-            f"[green]verified[/]: {result.tensors} tensors are what was written; logits of {result.positions} "
-            f"tokens differ from the simulation by at most {result.difference:.1e} of their spread "
-            f"({result.dtype}, up to {result.tolerance:g} is rounding)"
-        )
+        outcome.print_exported(result)
+
+
+@app.command("import", epilog="Example: bitfold import ./llama-gptq -o ./llama-w4")
+def import_(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SOURCE", help="Quantized by others: gptq, awq, compressed-tensors."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Directory of the result.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at OUT.")] = False,
+    json: Json = False,
+) -> None:
+    """What others quantized, with the same integers, as a checkpoint that bitfold evaluates and exports."""
+    from bitfold.export.importing import import_checkpoint
+
+    with _progress("importing") as progress:
+        result = import_checkpoint(source, out, overwrite=overwrite, progress=progress)
+    if json:
+        terminal.print_json(result.to_json())
+    else:
+        outcome.print_exported(result)
 
 
 @app.command(epilog="Example: bitfold inspect ./llama-w4")
@@ -359,17 +420,7 @@ def generate(
     if json:
         terminal.print_json(result.to_json())
         return
-    console = terminal.console()
-    console.print(f"[dim]{escape(prompt)}[/]{escape(result.text)}")
-    speed = result.decode_tokens_per_second
-    console.print(
-        f"[dim]{result.prompt_tokens} prompt tokens in {result.prefill_seconds:.2f} s, {result.new_tokens} new ones"
-        f"{f' at {speed:.1f} a second' if speed else ''}, peak memory {result.peak_rss_mb:.0f} MB\n"
-        f"cache {result.cache_bytes:,} bytes, {result.cache_bytes_per_token:,.0f} a token "
-        f"(in bfloat16 {result.cache_bytes_bf16:,})[/]"
-    )
-    for note in result.cache_notes:
-        console.print(f"[dim]{escape(note)}[/]")
+    outcome.print_generation(result, prompt)
 
 
 @app.command(epilog="Example: bitfold demo")
@@ -393,18 +444,3 @@ def demo(
 def main() -> None:
     """Entry point: errors that are the input's or the machine's become one sentence and exit code 1."""
     ending(lambda: app(standalone_mode=False, prog_name="bitfold"))
-
-
-def _named_files(items: list[str]) -> dict[str, str | Path]:
-    """`[NAME=]FILE` items; the name is the file's stem without one."""
-    named: dict[str, str | Path] = {}
-    for item in items:
-        name, equals, file = item.partition("=")
-        if not equals or Path(item).is_file():
-            name, file = Path(item).stem, item
-        if not name or not file:
-            raise DataError(f"The text '{item}' lacks a name or a file: write --text [NAME=]FILE.")
-        if name in named:
-            raise DataError(f"Two texts are named '{name}': write --text NAME=FILE.")
-        named[name] = Path(file)
-    return named

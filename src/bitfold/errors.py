@@ -9,6 +9,7 @@
     ├── EquivalenceError    a rewriting that changed what the model computes
     ├── ExportError         a format that cannot hold a result
     ├── VerificationError   an artifact that is not what was simulated
+    ├── EngineError         an engine that is not there, or that cannot run an artifact
     └── MissingExtraError   an optional dependency that is not installed
 
 The command line prints the sentence and exits with 1; anything else that is raised is a defect of bitfold.
@@ -22,6 +23,7 @@ __all__ = [
     "BitfoldError",
     "CheckpointError",
     "DataError",
+    "EngineError",
     "EquivalenceError",
     "ExportError",
     "FamilyError",
@@ -75,6 +77,10 @@ class ExportError(BitfoldError):
 
 class VerificationError(BitfoldError):
     """An artifact that is not what was simulated."""
+
+
+class EngineError(BitfoldError):
+    """An engine that is not there, or that cannot run an artifact."""
 
 
 class MissingExtraError(BitfoldError):

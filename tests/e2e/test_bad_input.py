@@ -6,6 +6,7 @@ of the embedded model, `{artifact}` of an artifact of it, `{out}` a free place, 
 
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ from models_zoo import build
 
 QUANTIZE = "quantize {model} -o {out} --method rtn"
 EVAL = "eval {model} --text {dir}/text.txt"
+IN_VLLM = "verify {artifact} --engine vllm --engine-python"
 CALIBRATED = f"{QUANTIZE} --method awq --sequence-length 64 --calibration"
 RECIPE = "quantize {model} -o {out} --recipe {dir}/recipe.yaml"
 UP = "model.layers.5.mlp.up_proj.weight"
@@ -283,6 +285,22 @@ OTHER_CASES = [
     case("eval against nothing", None, f"{EVAL} --against {{dir}}/nothing", "nothing"),
     case("eval against another vocabulary", lambda d: _small_vocabulary(d), f"{EVAL} --against {{dir}}/small",
          "4096", "96"),
+    case("eval of missing questions", None, "eval {model} --tasks {dir}/absent.jsonl", "absent.jsonl"),
+    case("eval of a broken question", write("a.jsonl", '{"question": "Q"}'), "eval {model} --tasks {dir}/a.jsonl",
+         "a.jsonl, line 1", "choices"),
+    case("eval of no task", None, "eval {model} --tasks ,", "no task"),
+    case("eval of no window", None, f"{EVAL} --limit 0", "windows", "0"),
+    case("eval by missing logits", None, "eval {model} --kl-base {dir}/absent.kld", "absent.kld", "--write"),
+    case("eval by a text for logits", None, "eval {model} --kl-base {dir}/text.txt", "text.txt", "_logits_"),
+    case("eval that writes nowhere", None, f"{EVAL} --kl-base {{dir}}/absent/a.kld --write", "no directory"),
+    case("eval that writes over a file", None, f"{EVAL} --kl-base {{dir}}/text.txt --write", "text.txt", "already"),
+    case("eval that writes without a name", None, f"{EVAL} --write", "--kl-base", code=2),
+    case("eval that writes without a text", None, "eval {model} --kl-base {out} --write", "--text", code=2),
+    case("eval that writes against another", None, f"{EVAL} --kl-base {{out}} --write --against {{model}}",
+         "--against", code=2),
+    case("eval of logits against another", None, "eval {model} --kl-base {out} --against {model}", "--against", code=2),
+    case("eval of logits in other windows", None, "eval {model} --kl-base {out} --sequence-length 64",
+         "--sequence-length", code=2),
     case("verify of an original", None, "verify {model}", "model", "no artifact of bitfold"),
     case("verify of nothing", None, "verify {dir}/nothing", "nothing"),
     case("verify of a flipped bit", artifact(flip_byte("model-00007-of-00007.safetensors",
@@ -304,6 +322,14 @@ OTHER_CASES = [
          "config.json"),
     case("verify of a broken provenance", artifact(edit_json("provenance.json", bitfold=[])), "verify {artifact}",
          "provenance.json"),
+    case("verify in an unknown engine", None, f"{IN_VLLM} python".replace("vllm", "vlm"), "vlm", "did you mean 'vllm'"),
+    case("verify in an engine that is nowhere", None, "verify {artifact} --engine vllm", "--engine-python",
+         "scripts/make_vllm_environment.sh", code=2),
+    case("verify in no python", None, f"{IN_VLLM} {{dir}}/nothing", "nothing", "give the python"),
+    case("verify in a python without vLLM", None, f"{IN_VLLM} {sys.executable}", sys.executable, "has no vLLM"),
+    case("verify of an original in vLLM", None, f"{IN_VLLM} python".replace("{artifact}", "{model}"), "model",
+         "no artifact of bitfold"),
+    case("verify on a text in no engine", None, "verify {artifact} --text {dir}/text.txt", "--engine vllm", code=2),
     case("inspect of nothing", None, "inspect {dir}/nothing", "nothing"),
     case("inspect of a text", None, "inspect {dir}/text.txt", "text.txt is a file"),
     case("inspect of a directory", None, "inspect {dir}", "config.json"),

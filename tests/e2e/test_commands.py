@@ -206,6 +206,46 @@ def test_eval_of_several_texts(run: Run, text: Path) -> None:
     assert "kl_mean" not in both["text"]
 
 
+def test_eval_of_questions(run: Run, artifact: Path, tmp_path: Path) -> None:
+    questions = [
+        {"question": "The capital of France is", "choices": ["Paris", "of the"], "answer": "A"},
+        {"question": "He was born in", "choices": ["xq zv", "the"], "answer": 1},
+    ]
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join(map(json.dumps, questions)), encoding="utf-8")
+    line = f"eval {artifact} --tasks {path} --against {DEMO_MODEL}"
+    shown = good(run(line)).out
+    for word in ("mine", "acc_norm", "recovery", "same", "50.0%", "±"):
+        assert word in shown
+    outcome = good(run(f"{line} --limit 1 --json"))
+    one = outcome.json
+    assert one.keys() == {"tasks", "notes"}
+    assert one["tasks"]["mine"]["questions"] == 1
+    assert one["tasks"]["mine"].keys() >= {"acc", "acc_se", "original", "recovery", "same_answers"}
+    assert "the original, mine" in outcome.err
+
+
+def test_eval_by_a_file_of_logits(run: Run, artifact: Path, text: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base.kld"
+    line = (
+        f"eval {DEMO_MODEL} --text {text} --sequence-length 64 --limit 3 --kl-base {base} --write"
+    )
+    written = good(run(f"{line} --json")).json["written"]
+    assert (written["windows"], written["sequence_length"]) == (3, 64)
+    assert written["bytes"] == base.stat().st_size
+    assert "is there already" in run(line).err
+    shown = good(run(f"eval {artifact} --kl-base {base}")).out
+    for word in ("KL to the original", "top-1 agreement", "ratio of the two", "3 of 64 tokens"):
+        assert word in shown
+    both = good(run(f"eval {artifact} --kl-base {base} --text {text} --limit 2 --json")).json
+    assert both.keys() == {"texts", "kl_base"}
+    assert both["kl_base"]["windows"] == both["texts"]["text"]["windows"] == 2
+    assert 0.001 < both["kl_base"]["kl_mean"] < 0.2
+    base.unlink()
+    shown = good(run(line)).out
+    assert "llama-perplexity -m MODEL.gguf -c 64" in shown
+
+
 def test_verify(run: Run, artifact: Path) -> None:
     assert "verified" in good(run(f"verify {artifact}")).out
     checked = good(run(f"verify {artifact} --json")).json

@@ -387,7 +387,7 @@ def test_places_that_cannot_be_written(artifact: Path, directory: Path, tmp_path
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="is a file, and onnx is a directory"):
         export_to(artifact, "onnx", tmp_path / "file")
-    with pytest.raises(OutputError, match="was not exported by bitfold"):
+    with pytest.raises(OutputError, match="is no model's directory"):
         export_to(artifact, "onnx", tmp_path, overwrite=True)
     with pytest.raises(ExportError, match="did you mean 'compact'"):
         export_to(artifact, "onnx", tmp_path / "model", form="compat")

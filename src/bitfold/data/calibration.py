@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import re
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ import numpy as np
 import torch
 
 from bitfold.assets import CALIBRATION_TEXT
+from bitfold.data.jsonl import check_characters, json_lines
 from bitfold.data.text import check_file, check_sequence_length, read_text, tokenize, windows
 from bitfold.errors import DataError
 
@@ -138,23 +137,14 @@ def _cut(tokens: torch.Tensor, length: int, names: str) -> torch.Tensor:
 
 
 def _read_documents(path: Path, tokenizer: PreTrainedTokenizerBase) -> str:
-    text = read_text(path)
     if path.suffix.lower() == ".txt":
-        return text
-    # Not splitlines(): a JSON string may hold U+2028 and others that end no line here.
-    lines = enumerate(text.split("\n"), start=1)
+        return read_text(path)
     return DOCUMENT_BREAK.join(
-        _read_line(line, f"{path}, line {number}", tokenizer)
-        for number, line in lines
-        if line.strip()
+        _document(record, where, tokenizer) for where, record in json_lines(path)
     )
 
 
-def _read_line(line: str, where: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    try:
-        record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{where} is broken JSON ({error}): write one object per line.") from error
+def _document(record: Any, where: str, tokenizer: PreTrainedTokenizerBase) -> str:
     if not isinstance(record, dict) or not {"text", "messages"} & record.keys():
         raise DataError(f"{where} has neither 'text' nor 'messages': give every line one of them.")
     text = (
@@ -162,8 +152,7 @@ def _read_line(line: str, where: str, tokenizer: PreTrainedTokenizerBase) -> str
     )
     if not isinstance(text, str):
         raise DataError(f"{where}: 'text' must be a string, not {type(text).__name__}: correct it.")
-    if re.search("[\ud800-\udfff]", text):  # JSON can spell what no tokenizer takes
-        raise DataError(f"{where} holds half of a \\u surrogate pair, which is no text: remove it.")
+    check_characters(text, where)
     return text
 
 

@@ -1,1 +1,1 @@
-"""Engines that run what was exported: each loads a file as its users do, and gives logits."""
+"""Engines that run artifacts and what is exported from them: each loads it as its users do, and is compared."""

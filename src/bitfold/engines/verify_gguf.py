@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bitfold.engines.comparison import EngineVerification, compare_text, probe_difference
+from bitfold.engines.exported import ExportVerification, compare_text, probe_difference
 from bitfold.engines.llama_cpp import LlamaCpp
 from bitfold.errors import CheckpointError, MissingExtraError, VerificationError
 from bitfold.export.artifact import tensor_sum
@@ -27,7 +27,7 @@ def verify_gguf(
     text: str | Path | None = None,
     window_count: int = 16,
     progress: Callable[[str], None] = lambda what: None,
-) -> EngineVerification:
+) -> ExportVerification:
     """Load a file in llama.cpp, and compare it with the simulation that was recorded when the artifact was made.
 
     against, text: an artifact and a text on which both are compared too, on so many windows of at most 512 tokens.
@@ -53,7 +53,7 @@ def verify_gguf(
         compared = compare_text(
             lambda length: LlamaCpp(file, context=length), against, text, window_count
         )
-    return EngineVerification(
+    return ExportVerification(
         str(file), "llama.cpp", count, positions, difference, TOLERANCE, compared
     )
 
@@ -84,7 +84,7 @@ def _read(file: Path) -> tuple[int, Probe | None]:
         was = "is missing from" if odd[0] in sums else "was added to"
         raise VerificationError(f"{odd[0]} {was} {file}: export it again.")
     for name, data in tensors.items():
-        raw = torch.from_numpy(np.ascontiguousarray(data).view(np.uint8))
+        raw = torch.from_numpy(np.array(data).view(np.uint8))
         if tensor_sum(raw) != sums[name]:
             raise VerificationError(
                 f"{name} in {file} is not what was written: the file was changed or damaged; export it again."

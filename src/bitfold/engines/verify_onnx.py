@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from bitfold.engines.comparison import EngineVerification, compare_text, probe_difference
+from bitfold.engines.exported import ExportVerification, compare_text, probe_difference
 from bitfold.engines.onnx_runtime import OnnxRuntime
 from bitfold.errors import CheckpointError, VerificationError
 from bitfold.export.artifact import tensor_sum
-from bitfold.export.directory import SUMS_FILE
 from bitfold.export.onnx_graph import DATA_FILE
+from bitfold.export.sums import SUMS_FILE
 from bitfold.models.checkpoint import sha256_of
 from bitfold.models.headers import read_json
 from bitfold.pipeline.probe import PROBE_FILE, Probe
@@ -41,7 +41,7 @@ def verify_onnx(
     text: str | Path | None = None,
     window_count: int = 16,
     progress: Callable[[str], None] = lambda what: None,
-) -> EngineVerification:
+) -> ExportVerification:
     """Load a directory in ONNX Runtime, and compare it with the simulation recorded when the artifact was made.
 
     against, text: an artifact and a text on which both are compared too, on so many windows of at most 512 tokens.
@@ -70,7 +70,7 @@ def verify_onnx(
             lambda length: nullcontext(OnnxRuntime(directory)), against, text, window_count
         )
     count = len(content["tensors"])
-    return EngineVerification(
+    return ExportVerification(
         str(directory), "ONNX Runtime", count, positions, difference, tolerance, compared
     )
 

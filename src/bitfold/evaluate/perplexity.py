@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -13,24 +11,27 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bitfold.data.text import (
-    check_sequence_length,
-    default_sequence_length,
-    read_text,
-    tokenize,
-)
+from bitfold.data.text import default_sequence_length, read_text, tokenize
 from bitfold.data.text import windows as cut_windows
 from bitfold.errors import DataError
+from bitfold.evaluate.models import (
+    check_positions,
+    evaluating,
+    opened,
+    tokenizer_of,
+    vocab_size,
+)
 from bitfold.evaluate.statistics import (
     TokenStatistics,
-    mean_and_error,
-    quantile,
+    divergence_figures,
+    join,
+    perplexity_and_error,
     token_statistics,
 )
 from bitfold.runtime.device import quick_float32
-from bitfold.runtime.load import load, load_tokenizer
+from bitfold.runtime.load import load_tokenizer
 
-__all__ = ["Evaluation", "TextEvaluation", "evaluate"]
+__all__ = ["Evaluation", "TextEvaluation", "evaluate", "summed_up"]
 
 LOGITS_PER_BATCH = 2**22
 """Elements; larger batches are no faster, and fall out of the allocator's reuse."""
@@ -120,20 +121,15 @@ def evaluate(
         raise DataError(f"The number of windows must be at least 1, not {windows}: ask for more.")
     paths = _by_name(texts)
     contents = {name: read_text(path) for name, path in paths.items()}
-    opened = partial(_opened, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    if tokenizer is None:
-        if not isinstance(model, str | Path):
-            raise DataError("A loaded model does not carry its tokenizer: pass tokenizer=.")
-        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    candidate = opened(model)
+    open_here = partial(opened, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    tokenizer = tokenizer_of(model, tokenizer, trust_remote_code=trust_remote_code)
+    candidate = open_here(model)
     length = sequence_length
     if length is None:
         length = default_sequence_length(candidate.config)
-    _check_positions(candidate, length)
-    vocab_size = _vocab_size(candidate)
-    tokens = {
-        name: tokenize(text, tokenizer, vocab_size=vocab_size) for name, text in contents.items()
-    }
+    check_positions(candidate, length)
+    size = vocab_size(candidate)
+    tokens = {name: tokenize(text, tokenizer, vocab_size=size) for name, text in contents.items()}
     rows = {name: _cut(tokens[name], length, paths[name])[:windows] for name in paths}
 
     reference = None
@@ -141,26 +137,26 @@ def evaluate(
         if isinstance(against, str | Path):
             other = load_tokenizer(against, trust_remote_code=trust_remote_code)
             _check_same_tokens(other, contents, tokens)
-        reference = opened(against)
-        if _vocab_size(reference) != vocab_size:
+        reference = open_here(against)
+        if vocab_size(reference) != size:
             raise DataError(
-                f"Vocabularies of {vocab_size} and {_vocab_size(reference)} tokens cannot be compared: "
+                f"Vocabularies of {size} and {vocab_size(reference)} tokens cannot be compared: "
                 "evaluate against the model this one was made from."
             )
-        _check_positions(reference, length)
+        check_positions(reference, length)
 
     total = sum(len(rows_nL) for rows_nL in rows.values())
     done = 0
     figures = {}
-    with _evaluating(candidate), _evaluating(reference), torch.no_grad(), quick_float32():
+    with evaluating(candidate), evaluating(reference), torch.no_grad(), quick_float32():
         for name, rows_nL in rows.items():
             parts = []
-            for batch_BL in rows_nL.split(max(1, LOGITS_PER_BATCH // (length * vocab_size))):
+            for batch_BL in rows_nL.split(max(1, LOGITS_PER_BATCH // (length * size))):
                 parts.append(_batch_statistics(candidate, reference, batch_BL))
                 done += len(batch_BL)
                 if progress is not None:
                     progress(done, total)
-            figures[name] = _summary(_join(parts), length)
+            figures[name] = summed_up(join(parts), length)
     return Evaluation(figures)
 
 
@@ -178,32 +174,6 @@ def _by_name(texts: Mapping[str, str | Path] | str | Path) -> dict[str, Path]:
                 f"{path} is not plain text (UTF-8), which is what evaluation takes: convert it."
             )
     return {name: Path(path) for name, path in texts.items()}
-
-
-def _opened(
-    model: str | Path | PreTrainedModel,
-    *,
-    device: str | torch.device,
-    dtype: str | torch.dtype,
-    trust_remote_code: bool,
-) -> PreTrainedModel:
-    if not isinstance(model, str | Path):
-        return model
-    return load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-
-
-def _vocab_size(model: PreTrainedModel) -> int:
-    return int(model.config.get_text_config().vocab_size)
-
-
-def _check_positions(model: PreTrainedModel, length: int) -> None:
-    check_sequence_length(length)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions and length > positions:
-        raise DataError(
-            f"A sequence length of {length} is more than the {positions} positions of the model: "
-            f"choose at most {positions}."
-        )
 
 
 def _cut(tokens_T: torch.Tensor, length: int, path: Path) -> torch.Tensor:
@@ -233,20 +203,6 @@ def _check_same_tokens(
 # --- running the models ---
 
 
-@contextmanager
-def _evaluating(model: PreTrainedModel | None) -> Iterator[None]:
-    """Without dropout; a model that was training goes on training afterwards."""
-    if model is None:
-        yield
-        return
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
 def _batch_statistics(
     model: PreTrainedModel, reference: PreTrainedModel | None, batch_BL: torch.Tensor
 ) -> TokenStatistics:
@@ -266,35 +222,23 @@ def _batch_statistics(
             next_T = ids_L[rows.start + 1 : rows.stop + 1].to(logits_TV.device)
             parts.append(token_statistics(logits_TV, reference_TV, next_T))
     shape = (len(batch_BL), length - 1)
-    return _join(parts, lambda values: values.reshape(shape).cpu())
+    return join(parts, lambda values: values.reshape(shape).cpu())
 
 
 def _logits(model: PreTrainedModel, batch_BL: torch.Tensor) -> torch.Tensor:
     return model(input_ids=batch_BL.to(model.device), use_cache=False).logits
 
 
-def _join(
-    parts: list[TokenStatistics],
-    then: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
-) -> TokenStatistics:
-    nll = then(torch.cat([part.nll for part in parts]))
-    kl = [part.kl for part in parts if part.kl is not None]
-    agree = [part.agree for part in parts if part.agree is not None]
-    return TokenStatistics(
-        nll, then(torch.cat(kl)) if kl else None, then(torch.cat(agree)) if agree else None
-    )
-
-
 # --- summing up ---
 
 
-def _summary(statistics: TokenStatistics, length: int) -> TextEvaluation:
+def summed_up(statistics: TokenStatistics, length: int) -> TextEvaluation:
     """Figures from the statistics [n, L−1] of all windows of a text."""
     finite = statistics.nll.isfinite()
-    perplexity, perplexity_se = _perplexity(statistics.nll)
+    perplexity, perplexity_se = perplexity_and_error(statistics.nll)
     divergence: dict[str, Any] = {}
     if statistics.kl is not None and statistics.agree is not None:
-        divergence = _divergence(statistics.kl, statistics.agree)
+        divergence = divergence_figures(statistics.kl, statistics.agree)
         finite &= statistics.kl.isfinite()
     return TextEvaluation(
         perplexity=perplexity,
@@ -305,27 +249,3 @@ def _summary(statistics: TokenStatistics, length: int) -> TextEvaluation:
         nonfinite_tokens=int((~finite).sum()),
         **divergence,
     )
-
-
-def _perplexity(nll_nT: torch.Tensor) -> tuple[float | None, float | None]:
-    """Perplexity and its standard error by the delta method: exp(m) · se(m)."""
-    mean, error = mean_and_error(nll_nT)
-    if not math.isfinite(mean) or mean > 700:  # e^710 is beyond float64
-        return None, None
-    return math.exp(mean), math.exp(mean) * error if error is not None else None
-
-
-def _divergence(kl_nT: torch.Tensor, agree_nT: torch.Tensor) -> dict[str, Any]:
-    if not kl_nT.isfinite().all():
-        return {"compared": True}
-    kl_mean, kl_se = mean_and_error(kl_nT)
-    top1_agreement, top1_se = mean_and_error(agree_nT)
-    return {
-        "compared": True,
-        "kl_mean": kl_mean,
-        "kl_median": quantile(kl_nT, 0.5),
-        "kl_p99": quantile(kl_nT, 0.99),
-        "kl_se": kl_se,
-        "top1_agreement": top1_agreement,
-        "top1_se": top1_se,
-    }

@@ -6,11 +6,22 @@ Shape suffixes: n windows, T predicted tokens of a window, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-__all__ = ["TokenStatistics", "mean_and_error", "quantile", "token_statistics"]
+__all__ = [
+    "TokenStatistics",
+    "at_least_float32",
+    "divergence_figures",
+    "join",
+    "mean_and_error",
+    "perplexity_and_error",
+    "quantile",
+    "token_statistics",
+]
 
 
 @dataclass(frozen=True)
@@ -27,6 +38,11 @@ class TokenStatistics:
     agree: torch.Tensor | None
 
 
+def at_least_float32(logits: torch.Tensor) -> torch.Tensor:
+    """Logits in the dtype their softmax is taken in."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
 def token_statistics(
     logits_TV: torch.Tensor, reference_TV: torch.Tensor | None, next_T: torch.Tensor
 ) -> TokenStatistics:
@@ -40,17 +56,30 @@ def token_statistics(
     TokenStatistics(nll=tensor([0.6931, 0.0000], dtype=torch.float64), \
 kl=tensor([0., 0.], dtype=torch.float64), agree=tensor([1., 1.], dtype=torch.float64))
     """
-    log_q = torch.log_softmax(_at_least_float32(logits_TV), dim=-1)
+    log_q = torch.log_softmax(at_least_float32(logits_TV), dim=-1)
     nll_T = -log_q.gather(-1, next_T[:, None]).squeeze(-1).double() + 0.0  # + 0.0: no −0
     if reference_TV is None:
         return TokenStatistics(nll_T, None, None)
-    log_p = torch.log_softmax(_at_least_float32(reference_TV), dim=-1)
+    log_p = torch.log_softmax(at_least_float32(reference_TV), dim=-1)
     # In place from here: at a vocabulary of 150,000 each copy counts.
     terms = log_q.neg_().add_(log_p)
     p = log_p.exp_()
     terms.mul_(p).masked_fill_(p == 0, 0)  # 0·log 0 = 0, as where both mask a token with −∞
     agree_T = logits_TV.argmax(-1) == reference_TV.argmax(-1)
     return TokenStatistics(nll_T, terms.sum(-1, dtype=torch.float64), agree_T.double())
+
+
+def join(
+    parts: Sequence[TokenStatistics],
+    then: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
+) -> TokenStatistics:
+    """Parts one after the other, each field made what `then` makes of it."""
+    nll = then(torch.cat([part.nll for part in parts]))
+    kl = [part.kl for part in parts if part.kl is not None]
+    agree = [part.agree for part in parts if part.agree is not None]
+    return TokenStatistics(
+        nll, then(torch.cat(kl)) if kl else None, then(torch.cat(agree)) if agree else None
+    )
 
 
 def mean_and_error(values_nT: torch.Tensor) -> tuple[float, float | None]:
@@ -66,6 +95,31 @@ def mean_and_error(values_nT: torch.Tensor) -> tuple[float, float | None]:
     return float(means_n.mean()), error
 
 
+def perplexity_and_error(nll_nT: torch.Tensor) -> tuple[float | None, float | None]:
+    """Perplexity and its standard error by the delta method, exp(m) · se(m); None where it is no finite number."""
+    mean, error = mean_and_error(nll_nT)
+    if not math.isfinite(mean) or mean > 700:  # e^710 is beyond float64
+        return None, None
+    return math.exp(mean), math.exp(mean) * error if error is not None else None
+
+
+def divergence_figures(kl_nT: torch.Tensor, agree_nT: torch.Tensor) -> dict[str, Any]:
+    """kl_* and top1_* of a comparison, and `compared`; that alone where a divergence is no finite number."""
+    if not kl_nT.isfinite().all():
+        return {"compared": True}
+    kl_mean, kl_se = mean_and_error(kl_nT)
+    top1_agreement, top1_se = mean_and_error(agree_nT)
+    return {
+        "compared": True,
+        "kl_mean": kl_mean,
+        "kl_median": quantile(kl_nT, 0.5),
+        "kl_p99": quantile(kl_nT, 0.99),
+        "kl_se": kl_se,
+        "top1_agreement": top1_agreement,
+        "top1_se": top1_se,
+    }
+
+
 def quantile(values: torch.Tensor, q: float) -> float:
     """The q-quantile of all values, linear between neighbours; torch.quantile ends at 2²⁴ values.
 
@@ -76,7 +130,3 @@ def quantile(values: torch.Tensor, q: float) -> float:
     place = q * (len(ordered) - 1)
     below, above = math.floor(place), math.ceil(place)
     return float(torch.lerp(ordered[below], ordered[above], place - below))
-
-
-def _at_least_float32(logits: torch.Tensor) -> torch.Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()

@@ -10,7 +10,8 @@ Found by trying transformers 5.23 with compressed-tensors 0.20 (tests/export hol
   kernels for those, nor for anything else that asymmetric weights with activations can be said as.
 * mxfp4 and nvfp4 weights come out in bfloat16, exactly, but also where the model runs in another dtype, which then
   stops at its first product. `dequantize: true` casts them. Without it the checkpoint has to be in bfloat16.
-* `int-quantized`, a byte per weight, is what vLLM wants of 8-bit weights with 8-bit activations.
+* `int-quantized`, a byte per weight, is what vLLM wants of 8-bit weights with 8-bit activations. It wants the weights
+  symmetric then (docs/engines.md has what vLLM 0.32 made of each scheme).
 * A `token` is a row of [batch, tokens, features], but all of a flattened [tokens, features], and
   the whole window of a query [batch, head, tokens, features]. There, a *group* as wide as the last
   axis is a token.

@@ -1,47 +1,87 @@
-"""A directory that appears whole or not at all, and the sums that tell damage to it by name."""
+"""A checkpoint directory written anew from a stored model: each weight said in another way, all else as it is."""
 
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bitfold.models.checkpoint import sha256_of
+from safetensors.torch import save_file
+from torch import Tensor
 
-__all__ = ["SUMS_FILE", "complete", "staged"]
+from bitfold.errors import OutputError
+from bitfold.export.artifact import copy_companions, index_json, shard_name, tensor_sums
+from bitfold.export.reading import StoredModel
+from bitfold.numerics import QuantizedTensor
 
-# What every directory that is exported has.
-SUMS_FILE = "export.json"
+__all__ = ["appearing", "bytes_of", "write_directory"]
+
+Progress = Callable[[int, int, str], None]
+# A layer's name and its weight, as the tensors that stand for it.
+Pack = Callable[[str, QuantizedTensor], dict[str, Tensor]]
 
 
 @contextmanager
-def staged(out: Path) -> Iterator[Path]:
-    """A directory beside `out` to write into, that takes its place at the end; after an error nothing is left of it."""
-    partial, before = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.before")
+def appearing(out: Path) -> Iterator[Path]:
+    """A directory to write into, which takes the place of `out` at the end, and is gone after an error.
+
+    Raises OutputError where something cannot be written.
+    """
+    partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
     try:
+        partial.mkdir()
         yield partial
         if out.exists():
-            shutil.rmtree(before, ignore_errors=True)
-            os.replace(out, before)
-        os.replace(partial, out)
-        shutil.rmtree(before, ignore_errors=True)
+            shutil.rmtree(out)
+        partial.rename(out)
+    except OSError as error:
+        raise OutputError(
+            f"{out} cannot be written ({error.strerror or error}): make room, or choose another -o."
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def complete(
-    directory: Path, format: str, tensors: Mapping[str, Any], more: Mapping[str, Any]
-) -> None:
-    """Write export.json: the format, what each tensor's bytes sum to, and each small file's SHA-256.
+def write_directory(
+    model: StoredModel, out: Path, pack: Pack, config: Mapping[str, Any], progress: Progress
+) -> dict[str, int]:
+    """Write weights, file by file as the model has them, index, checksums, config.json and tokenizer; returns how many
+    weights there are of each type."""
+    by_file: dict[str, list[str]] = defaultdict(list)
+    for name in model.names:
+        by_file[model.file_of(name)].append(name)
+    shards: dict[str, list[str]] = {}
+    sums: dict[str, str] = {}
+    types: dict[str, int] = defaultdict(int)
+    done, count, total = 0, sum(map(len, by_file.values())), 0
+    for number, names in enumerate(by_file.values()):
+        tensors: dict[str, Tensor] = {}
+        for name in names:
+            progress(done, count, name)
+            done += 1
+            value = model.read(name)
+            if isinstance(value, QuantizedTensor):
+                tensors |= pack(name.removesuffix(".weight"), value)
+                types[f"{value.scheme.bits} bits"] += value.shape.numel()
+            else:
+                tensors[name] = value
+                types[str(value.dtype).removeprefix("torch.")] += value.numel()
+        file = shard_name(number, len(by_file))
+        save_file(tensors, out / file, metadata={"format": "pt"})
+        shards[file] = list(tensors)
+        sums |= tensor_sums(tensors)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    (out / "model.safetensors.index.json").write_text(index_json(shards, total))
+    (out / "checksums.json").write_text(json.dumps(sums, indent=1) + "\n")
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    copy_companions(model.checkpoint.path, out)
+    progress(1, 1, "done")
+    return dict(types)
 
-    The file with the tensors has no sum of its own: its tensors have.
-    """
-    files = {
-        file.name: sha256_of(file) for file in sorted(directory.iterdir()) if file.suffix != ".data"
-    }
-    content = {"format": format, **more, "tensors": dict(tensors), "files": files}
-    (directory / SUMS_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+def bytes_of(directory: Path) -> int:
+    """Of all its files."""
+    return sum(file.stat().st_size for file in directory.iterdir())

@@ -6,10 +6,10 @@ from functools import partial
 from pathlib import Path
 
 from bitfold.errors import ExportError, OutputError, did_you_mean
-from bitfold.export.directory import SUMS_FILE
 from bitfold.export.exported import Exported
 from bitfold.export.gguf_file import export_gguf
 from bitfold.export.onnx_file import export_onnx
+from bitfold.export.packed_directory import export_awq, export_gptq
 from bitfold.export.reading import StoredModel, read_model
 
 __all__ = ["TARGETS", "Target", "export_to"]
@@ -29,6 +29,8 @@ class Target:
 
 TARGETS: dict[str, Target] = {
     "gguf": Target({"gguf": export_gguf}),
+    "gptq": Target({"gptq": export_gptq}, directory=True),
+    "awq": Target({"awq": export_awq}, directory=True),
     "onnx": Target(
         {form: partial(export_onnx, form=form) for form in ("fast", "compact", "tensorrt")},
         directory=True,
@@ -47,7 +49,8 @@ def export_to(
 ) -> Exported:
     """Write an artifact, or a checkpoint that is not quantized, in the format of another engine.
 
-    to: `gguf`, one file for llama.cpp; `onnx`, a directory for ONNX Runtime. out: the exact path.
+    to: `gguf`, one file for llama.cpp; `gptq` and `awq`, directories for the engines that read those; `onnx`, a
+    directory for ONNX Runtime. out: the exact path.
     form: of onnx `fast` (the usual one: all integers in 4 bits, or in two times 4), `compact` (in 2, 4 or 8) or
     `tensorrt` (explicit QuantizeLinear and DequantizeLinear of 8 bits, the rest in half precision).
     progress: (steps done, of how many, which).
@@ -70,17 +73,18 @@ def export_to(
 
 
 def _check_place(out: Path, to: str, target: Target, overwrite: bool) -> None:
-    if out.is_dir() and not target.directory:
-        raise OutputError(f"{out} is a directory, and {to} is one file: name a file.")
-    if out.is_file() and target.directory:
-        raise OutputError(f"{out} is a file, and {to} is a directory: name a directory.")
+    if out.exists() and out.is_dir() != target.directory:
+        kinds = ("a file", "a directory")
+        raise OutputError(
+            f"{out} is {kinds[out.is_dir()]}, and {to} is {kinds[target.directory]}: choose another -o."
+        )
     if out.exists() and not overwrite:
         raise OutputError(
             f"{out} is there already: add --overwrite to replace it, or choose another -o."
         )
-    if out.is_dir() and not (out / SUMS_FILE).is_file():
+    if out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
         raise OutputError(
-            f"{out} was not exported by bitfold, so it is not replaced: choose another -o, or remove it yourself."
+            f"{out} is no model's directory, so it is not replaced: choose another -o, or remove it yourself."
         )
     if not out.parent.is_dir():
         raise OutputError(f"There is no directory {out.parent}: make it, or choose another -o.")

@@ -10,10 +10,10 @@ from typing import Any, BinaryIO
 import torch
 from transformers import PretrainedConfig
 
-from bitfold.errors import ExportError, OutputError
-from bitfold.export import compressed_tensors
+from bitfold.errors import ExportError
+from bitfold.export import native
 from bitfold.export.artifact import companion_files, copy_companions
-from bitfold.export.directory import complete, staged
+from bitfold.export.directory import appearing, bytes_of
 from bitfold.export.exported import Exported
 from bitfold.export.onnx_decoder import add_decoder
 from bitfold.export.onnx_genai import genai_config
@@ -22,6 +22,7 @@ from bitfold.export.onnx_linear import Linears
 from bitfold.export.onnx_tensorrt import TensorRtLinears, tensorrt_faults
 from bitfold.export.reading import StoredModel
 from bitfold.models.config import read_config
+from bitfold.export.sums import write_sums
 from bitfold.version import VERSION
 
 __all__ = ["GRAPH_FILE", "export_onnx"]
@@ -43,30 +44,25 @@ def export_onnx(model: StoredModel, out: Path, progress: Progress, *, form: str)
     blocks: Any = config
     steps = blocks.num_hidden_layers + 2
     done = iter(range(steps))
-    try:
-        with staged(out) as directory:
-            with (directory / DATA_FILE).open("wb") as data:
-                graph, linears = _started(data, model, form)
-                add_decoder(
-                    graph, linears, model, config, lambda what: progress(next(done), steps, what)
-                )
-            metadata = {"bitfold": VERSION, "form": form}
-            content = graph.to_bytes(model.checkpoint.path.name, metadata)
-            (directory / GRAPH_FILE).write_bytes(content)
-            if form == "tensorrt" and (faults := tensorrt_faults(directory / GRAPH_FILE)):
-                raise ExportError(f"TensorRT would not take the graph: {faults[0]}.")
-            _add_rest(model, config, directory)
-            more = {
-                "form": form,
-                "input_bits": linears.input_bits,
-                "simulation_unpacks_in_half": linears.half_scales and _unpacks_in_scales(model),
-            }
-            complete(directory, "onnx", {n: asdict(s) for n, s in graph.stored.items()}, more)
-            size = sum(file.stat().st_size for file in directory.iterdir())
-    except OSError as error:
-        raise OutputError(
-            f"{out} cannot be written ({error.strerror or error}): make room, or choose another -o."
-        ) from error
+    with appearing(out) as directory:
+        with (directory / DATA_FILE).open("wb") as data:
+            graph, linears = _started(data, model, form)
+            add_decoder(
+                graph, linears, model, config, lambda what: progress(next(done), steps, what)
+            )
+        metadata = {"bitfold": VERSION, "form": form}
+        content = graph.to_bytes(model.checkpoint.path.name, metadata)
+        (directory / GRAPH_FILE).write_bytes(content)
+        if form == "tensorrt" and (faults := tensorrt_faults(directory / GRAPH_FILE)):
+            raise ExportError(f"TensorRT would not take the graph: {faults[0]}.")
+        _add_rest(model, config, directory)
+        more = {
+            "form": form,
+            "input_bits": linears.input_bits,
+            "simulation_unpacks_in_half": linears.half_scales and _unpacks_in_scales(model),
+        }
+        write_sums(directory, "onnx", {n: asdict(s) for n, s in graph.stored.items()}, more)
+        size = bytes_of(directory)
     progress(1, 1, "done")
     return Exported(out, "onnx", size, dict(linears.types), tuple(_notes(model, linears, form)))
 
@@ -109,7 +105,7 @@ def _add_rest(model: StoredModel, config: PretrainedConfig, directory: Path) -> 
 def _unpacks_in_scales(model: StoredModel) -> bool:
     """Whether the artifact's own loader, and with it the simulation, unpacks weights in the dtype of their scales."""
     settings = model.config.get("quantization_config") or {}
-    return settings.get("quant_method") == compressed_tensors.NAME
+    return settings.get("quant_method") not in (None, native.NAME)
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """A quantized checkpoint as it lies on disk, one layer at a time: what every exporter reads."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,10 @@ from torch import Tensor
 from bitfold.errors import CheckpointError
 from bitfold.export import compressed_tensors, native
 from bitfold.export.compressed_tensors_reading import quantizes_heads, read_config
+from bitfold.export.gptq import read_packed
 from bitfold.export.layout import WeightFormat
 from bitfold.models.checkpoint import Checkpoint
-from bitfold.numerics import QuantizedTensor, Scheme
+from bitfold.numerics import QuantizedTensor, Scheme, TensorScheme
 
 __all__ = ["StoredModel", "read_model"]
 
@@ -21,7 +22,9 @@ _PARTS = (
     *("weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "weight_global_scale"),
     *("weight_codebook", "weight_kept", "weight_columns"),
     *("input_scale", "input_zero_point", "input_global_scale", "input_share", "input_clusters"),
+    *("qweight", "qzeros", "scales", "g_idx"),
 )
+Decode = Callable[[str, Mapping[str, Tensor], TensorScheme], QuantizedTensor]
 
 
 @dataclass(frozen=True)
@@ -29,14 +32,15 @@ class StoredModel:
     """A checkpoint, and how its layers are quantized.
 
     schemes: of each quantized linear layer, by full name. runs: names at which maps run that nothing absorbs.
-    quantizes_heads: whether queries, keys or values are quantized. Weights are read when they are asked for.
+    quantizes_heads: whether queries, keys or values are quantized. decode: a weight from its tensors, by the layer's
+    name. Weights are read when they are asked for.
     """
 
     checkpoint: Checkpoint
     schemes: Mapping[str, Scheme]
     runs: tuple[str, ...]
     quantizes_heads: bool
-    _formats: Mapping[str, WeightFormat]
+    decode: Decode
 
     @property
     def config(self) -> dict[str, Any]:
@@ -55,6 +59,14 @@ class StoredModel:
             seen.add(whole)
             yield whole
 
+    def file_of(self, name: str) -> str:
+        """The file that a parameter lies in."""
+        layer = name.removesuffix(".weight")
+        stored = (name, *(f"{layer}.{part}" for part in _PARTS))
+        return next(
+            self.checkpoint.tensors[one].file for one in stored if one in self.checkpoint.tensors
+        )
+
     def read(self, name: str) -> QuantizedTensor | Tensor:
         """The parameter of a full name: a weight [out, in] in few bits, or a tensor in the dtype it is stored in.
 
@@ -70,10 +82,8 @@ class StoredModel:
             return self.checkpoint.read([name])[name]
         mine = [f"{layer}.weight", *(f"{layer}.{part}" for part in _PARTS)]
         tensors = self.checkpoint.read([one for one in mine if one in self.checkpoint.tensors])
-        format = self._formats[layer]
-        module = native if format.name == native.NAME else compressed_tensors
         try:
-            return module.from_tensors(layer, tensors, scheme.weight, format)
+            return self.decode(layer, tensors, scheme.weight)
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(
                 f"{self.checkpoint.path} does not hold the weight of {layer} as its config.json says "
@@ -89,39 +99,62 @@ class StoredModel:
 
 
 def read_model(path: Path) -> StoredModel:
-    """A checkpoint directory, quantized by bitfold or in the compressed-tensors format, or not quantized.
+    """A checkpoint directory: quantized by bitfold, or in the format of compressed-tensors, GPTQ or AWQ, or not
+    quantized.
 
     Raises CheckpointError where it is damaged, or quantized in a way that bitfold cannot read.
     """
     checkpoint = Checkpoint(path)
     settings = checkpoint.config.get("quantization_config")
     if settings is None:
-        return StoredModel(checkpoint, {}, (), False, {})
+        return StoredModel(checkpoint, {}, (), False, _nothing)
     method = settings.get("quant_method")
     if method == native.NAME:
         schemes, attention = native.read_config(settings)
-        formats = {name: WeightFormat(native.NAME, "") for name in schemes}
+        runs = tuple(native.read_online(settings))
+        return StoredModel(checkpoint, schemes, runs, bool(attention), _native)
+    if method == compressed_tensors.NAME:
+        return _compressed(checkpoint, settings)
+    if method in ("gptq", "awq"):
+        scheme, decode = read_packed(settings, path)
+        layers = [n.removesuffix(".qweight") for n in checkpoint.tensors if n.endswith(".qweight")]
         return StoredModel(
-            checkpoint, schemes, tuple(native.read_online(settings)), bool(attention), formats
+            checkpoint, dict.fromkeys(layers, Scheme(weight=scheme)), (), False, decode
         )
-    if method != compressed_tensors.NAME:
-        raise CheckpointError(
-            f"{path} is quantized as '{method}', which bitfold does not read here: give an artifact of bitfold or a "
-            "checkpoint in the compressed-tensors format."
-        )
+    raise CheckpointError(
+        f"{path} is quantized as '{method}', which bitfold does not read: it reads its own artifacts, "
+        "compressed-tensors, gptq and awq."
+    )
+
+
+def _compressed(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> StoredModel:
     if settings.get("transform_config"):
         raise CheckpointError(
-            f"{path} has transforms that run (transform_config), which bitfold does not read: their maps would be lost."
+            f"{checkpoint.path} has transforms that run (transform_config), which bitfold does not read: their maps "
+            "would be lost."
         )
     widths = _widths(checkpoint)
     read = read_config(settings, widths)
+    formats = {name: format for name, (_, format) in read.items()}
+
+    def decode(layer: str, tensors: Mapping[str, Tensor], scheme: TensorScheme) -> QuantizedTensor:
+        return compressed_tensors.from_tensors(layer, tensors, scheme, formats[layer])
+
     return StoredModel(
         checkpoint,
         {name: scheme for name, (scheme, _) in read.items()},
         (),
         quantizes_heads(settings, _matrices(checkpoint)),
-        {name: format for name, (_, format) in read.items()},
+        decode,
     )
+
+
+def _native(layer: str, tensors: Mapping[str, Tensor], scheme: TensorScheme) -> QuantizedTensor:
+    return native.from_tensors(layer, tensors, scheme, WeightFormat(native.NAME, ""))
+
+
+def _nothing(layer: str, tensors: Mapping[str, Tensor], scheme: TensorScheme) -> QuantizedTensor:
+    raise AssertionError(f"{layer} is not quantized")
 
 
 def _matrices(checkpoint: Checkpoint) -> list[str]:

@@ -106,21 +106,29 @@ def usage_lines(out: str, quantization: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _vllm_has_kernels(quantization: Mapping[str, Any]) -> bool:
-    """Whether vLLM serves the scheme: 4 or 8 bit integer weights alone, or int8 weights with symmetric int8 inputs."""
+    """Whether vLLM serves the scheme (docs/engines.md).
+
+    4 or 8 bit integer weights alone, or symmetric weights in int8 or fp8 with symmetric inputs of the same kind.
+    """
     if quantization.get("kv_cache_scheme"):
         return False
     for group in quantization["config_groups"].values():
         weights, inputs = group.get("weights"), group.get("input_activations")
-        if not weights or weights["type"] != "int" or weights["strategy"] == "block":
+        if not weights:
             return False
-        if inputs is None and weights["num_bits"] not in (4, 8):
-            return False
-        if inputs is not None and not (
-            weights["num_bits"] == inputs["num_bits"] == 8
-            and weights["symmetric"]
-            and inputs["symmetric"]
-            and inputs["strategy"] in ("token", "tensor")
-        ):
+        if inputs is None:
+            served = weights["type"] == "int" and weights["num_bits"] in (4, 8)
+            served = served and weights["strategy"] in ("channel", "group")
+        else:
+            served = (
+                weights["num_bits"] == inputs["num_bits"] == 8
+                and weights["type"] == inputs["type"]
+                and weights["symmetric"]
+                and inputs["symmetric"]
+                and weights["strategy"] in ("channel", "tensor")
+                and inputs["strategy"] in ("token", "tensor")
+            )
+        if not served:
             return False
     return True
 

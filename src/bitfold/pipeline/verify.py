@@ -23,7 +23,7 @@ from bitfold.pipeline.workdir import MARKER, finished_request
 from bitfold.runtime.checkpoint import find_checkpoint
 from bitfold.runtime.load import load
 
-__all__ = ["Verification", "verify", "verify_blocks"]
+__all__ = ["Verification", "check_artifact", "verify", "verify_blocks"]
 
 # Of the logits' standard deviation. The same numbers in the same dtype differ only by the order of summation.
 TOLERANCE = {"float64": 1e-9, "float32": 1e-3}
@@ -131,12 +131,17 @@ def _check_sums(out: Path) -> int:
     return len(sums)
 
 
-def _read_sums(out: Path) -> dict[str, str]:
+def check_artifact(out: Path) -> None:
+    """Raise VerificationError for a directory that bitfold did not write."""
     if finished_request(out) is None:
         raise VerificationError(
             f"{out} is no artifact of bitfold (it has no readable {MARKER}): "
             "give a directory that `bitfold quantize` wrote."
         )
+
+
+def _read_sums(out: Path) -> dict[str, str]:
+    check_artifact(out)
     try:
         return read_json(out / "checksums.json")
     except CheckpointError as error:

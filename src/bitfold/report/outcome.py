@@ -9,7 +9,15 @@ from rich.table import Table
 
 from bitfold.report import terminal
 
-__all__ = ["pareto_table", "print_estimate", "print_quantization", "print_sensitivity"]
+__all__ = [
+    "pareto_table",
+    "print_engine_verification",
+    "print_estimate",
+    "print_exported",
+    "print_generation",
+    "print_quantization",
+    "print_sensitivity",
+]
 
 
 def print_estimate(result: Any, out: Path) -> None:
@@ -52,6 +60,21 @@ def print_quantization(result: Any) -> None:
     console.print("\n[bold]Use it[/]")
     for line in result.usage:
         console.print(f"  {escape(line)}")
+
+
+def print_generation(result: Any, prompt: str) -> None:
+    """What was written, how fast, and in what memory."""
+    console = terminal.console()
+    console.print(f"[dim]{escape(prompt)}[/]{escape(result.text)}")
+    speed = result.decode_tokens_per_second
+    console.print(
+        f"[dim]{result.prompt_tokens} prompt tokens in {result.prefill_seconds:.2f} s, {result.new_tokens} new ones"
+        f"{f' at {speed:.1f} a second' if speed else ''}, peak memory {result.peak_rss_mb:.0f} MB\n"
+        f"cache {result.cache_bytes:,} bytes, {result.cache_bytes_per_token:,.0f} a token "
+        f"(in bfloat16 {result.cache_bytes_bf16:,})[/]"
+    )
+    for note in result.cache_notes:
+        console.print(f"[dim]{escape(note)}[/]")
 
 
 def pareto_table(allocation: Mapping[str, Any]) -> Table:
@@ -101,3 +124,40 @@ def print_sensitivity(result: Any) -> None:
 
 def _figure(kl: float | None) -> str:
     return "not finite" if kl is None else f"{kl:.3g}"
+
+
+def print_engine_verification(result: Any) -> None:
+    """That an artifact computes in an engine what was simulated, and how far apart they are."""
+    heads = ["", "tokens", f"perplexity in {result.engine}", "in PyTorch"]
+    heads += ["mean difference", "up to", "largest", "up to"]
+    rows = [
+        [
+            name,
+            f"{text.tokens:,}",
+            f"{text.perplexity:,.2f}",
+            f"{text.simulation_perplexity:,.2f}",
+            *(f"{value:.4f}" for value in (text.mean_difference, text.mean_tolerance)),
+            *(f"{value:.3f}" for value in (text.max_difference, text.max_tolerance)),
+        ]
+        for name, text in result.texts.items()
+    ]
+    console = terminal.console()
+    console.print(terminal.table(heads, rows))
+    console.print(
+        f"[green]verified[/] in {result.engine} {result.version}, {result.dtype}: log-probabilities differ from the "
+        "simulation's (in nats) by no more than rounding may"
+    )
+
+
+def print_exported(result: Any) -> None:
+    """What was written for another engine, and what is different there."""
+    console = terminal.console()
+    types = ", ".join(f"{count:,} weights in {name}" for name, count in result.types.items())
+    console.print(
+        f"[green]{escape(str(result.path))}[/]: {result.format}, {result.bytes / 1e6:,.1f} MB; {types}"
+    )
+    for note in result.notes:
+        console.print(f"[yellow]note[/] {escape(note)}")
+    if result.format == "gguf":
+        console.print(f"  bitfold verify {escape(str(result.path))}")
+        console.print(f'  llama-cli -m {escape(str(result.path))} -p "Once upon a time"')

@@ -1,5 +1,6 @@
 """How far a run is: a bar on a terminal, lines in a log."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,13 +10,16 @@ from rich.progress import TimeRemainingColumn as TimeLeft
 
 from bitfold.report import terminal
 
-__all__ = ["showing_progress"]
+__all__ = ["showing_progress", "showing_steps"]
 
 
 @contextmanager
 def showing_progress(what: str) -> Iterator[Callable[[float, int, str], None]]:
     """On stderr: a bar with the time left, or in a log a line for every tenth of the way."""
     console = terminal.console(stderr=True)
+    console.file = (
+        sys.stderr
+    )  # as it is now: libraries below are silenced by redirecting it, the bar is not
     if not console.is_terminal:
         yield _lines(console, what)
         return
@@ -38,6 +42,17 @@ def showing_progress(what: str) -> Iterator[Callable[[float, int, str], None]]:
             bar.update(task, completed=done, total=total, description=f"{what}: {doing}")
 
         yield update
+
+
+@contextmanager
+def showing_steps() -> Iterator[Callable[[str], None]]:
+    """On stderr: what is being done, in one line that changes, or in a log a line for each step."""
+    console = terminal.console(stderr=True)
+    if not console.is_terminal:
+        yield lambda doing: console.print(doing, markup=False)
+        return
+    with console.status("starting") as status:
+        yield status.update
 
 
 def _lines(console: Any, what: str) -> Callable[[float, int, str], None]:

@@ -13,7 +13,6 @@ from rich.table import Table
 __all__ = [
     "console",
     "description_tables",
-    "evaluation_table",
     "human_bytes",
     "human_seconds",
     "layer_table",
@@ -73,30 +72,6 @@ def table(
     for row in rows:
         result.add_row(*(escape(cell) for cell in row))
     return result
-
-
-def evaluation_table(figures: Mapping[str, Mapping[str, Any]]) -> Table:
-    """What `evaluate` found, a column per text."""
-    rows = [
-        ("perplexity", lambda row: _with_error(row["perplexity"], row["perplexity_se"], ".3f")),
-        ("tokens", lambda row: f"{row['tokens']:,}"),
-        ("windows", lambda row: f"{row['windows']} of {row['sequence_length']} tokens"),
-    ]
-    if any("kl_mean" in row for row in figures.values()):
-        rows += [
-            (
-                "KL to the original, mean",
-                lambda row: _with_error(row["kl_mean"], row["kl_se"], ".5f"),
-            ),
-            ("KL, median", lambda row: _number(row["kl_median"], ".5f")),
-            ("KL, 99th percentile", lambda row: _number(row["kl_p99"], ".5f")),
-            (
-                "top-1 agreement",
-                lambda row: _with_error(row["top1_agreement"], row["top1_se"], ".2%"),
-            ),
-        ]
-    cells = [[name, *(say(row) for row in figures.values())] for name, say in rows]
-    return table(["", *figures], cells)
 
 
 def layer_table(layers: Sequence[Mapping[str, Any]]) -> Table:
@@ -167,11 +142,3 @@ def description_tables(content: Mapping[str, Any]) -> list[Table]:
 
 def _names(value: Any) -> str:
     return ", ".join(value) if isinstance(value, (tuple, list)) else str(value)
-
-
-def _with_error(value: float | None, error: float | None, form: str) -> str:
-    return _number(value, form) + (f" ± {error:{form}}" if error is not None else "")
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)

@@ -1,4 +1,4 @@
-"""An engine held against the simulation: what every engine's verification is made of."""
+"""What is exported, in its engine, held against the simulation: what `verify_gguf` and `verify_onnx` share."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -13,7 +13,7 @@ from bitfold.data.text import read_text, tokenize, windows
 from bitfold.pipeline.probe import Probe
 from bitfold.runtime.load import load, load_tokenizer
 
-__all__ = ["Engine", "EngineVerification", "TextComparison", "compare_text", "probe_difference"]
+__all__ = ["Engine", "ExportVerification", "TextComparison", "compare_text", "probe_difference"]
 
 
 class Engine(Protocol):
@@ -37,7 +37,7 @@ class TextComparison:
 
 
 @dataclass(frozen=True)
-class EngineVerification:
+class ExportVerification:
     """difference: root mean square of the probe's logits' differences, over their standard deviation; None for a file
     that has no probe. text: where one was given."""
 

@@ -1,0 +1,111 @@
+"""`bitfold verify`: which way a result is verified, by what it is, and what is said of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bitfold.report import outcome, terminal
+from bitfold.report.ending import USAGE_ERROR
+from bitfold.report.progress import showing_steps
+
+__all__ = ["verify_and_print"]
+
+
+def verify_and_print(
+    out: str,
+    engine: str | None,
+    engine_python: str | None,
+    against: str | None,
+    text: Path | None,
+    device: str,
+    json: bool,
+) -> None:
+    """An artifact in PyTorch, or in vLLM too; a GGUF file in llama.cpp."""
+    if Path(out).suffix == ".gguf":
+        result: Any = _gguf(out, engine, engine_python, against, text)
+        say = _say_gguf
+    elif engine is not None:
+        if against is not None:
+            raise USAGE_ERROR("--against is the artifact of a GGUF file: leave it out")
+        result = _engine(out, engine, engine_python, text, device)
+        say = outcome.print_engine_verification
+    else:
+        if engine_python is not None or text is not None or against is not None:
+            raise USAGE_ERROR(
+                "--engine-python and --text go with --engine vllm, --against with a GGUF file"
+            )
+        result = _artifact(out, device)
+        say = _say_artifact
+    if json:
+        terminal.print_json(result.to_json())
+    else:
+        say(result)
+
+
+def _artifact(out: str, device: str) -> Any:
+    from bitfold.pipeline.verify import verify
+
+    with terminal.console(stderr=True).status("verifying") as status:
+        return verify(out, device=device, progress=lambda what: status.update(what))
+
+
+def _engine(out: str, engine: str, python: str | None, text: Path | None, device: str) -> Any:
+    from bitfold.engines.verify import verify_in_engine
+
+    if python is None:
+        raise USAGE_ERROR(
+            "--engine needs --engine-python, the python of its environment: scripts/make_vllm_environment.sh makes one"
+        )
+    with showing_steps() as say:
+        return verify_in_engine(
+            out, engine=engine, python=python, text=text, device=device, progress=say
+        )
+
+
+def _gguf(
+    out: str, engine: str | None, python: str | None, against: str | None, text: Path | None
+) -> Any:
+    from bitfold.engines.verify_gguf import verify_gguf
+
+    if engine not in (None, "llama.cpp") or python is not None:
+        raise USAGE_ERROR(
+            "A GGUF file runs in llama.cpp, in this process: leave --engine and --engine-python out"
+        )
+    if text is not None and against is None:
+        raise USAGE_ERROR(
+            "--text compares a GGUF file with its artifact: give --against ARTIFACT too"
+        )
+    with showing_steps() as say:
+        return verify_gguf(Path(out), against=against, text=text, progress=say)
+
+
+def _say_artifact(result: Any) -> None:
+    terminal.console().print(
+        f"[green]verified[/]: {result.tensors} tensors are what was written; logits of {result.positions} "
+        f"tokens differ from the simulation by at most {result.difference:.1e} of their spread "
+        f"({result.dtype}, up to {result.tolerance:g} is rounding)"
+    )
+
+
+def _say_gguf(result: Any) -> None:
+    console = terminal.console()
+    logits = (
+        "it has no recorded logits to compare with (it was made from a checkpoint that is no artifact)"
+        if result.difference is None
+        else f"logits of {result.positions} tokens in llama.cpp differ from the simulation by {result.difference:.1e} "
+        f"of their spread, root mean square (up to {result.tolerance:g} is the engine's rounding)"
+    )
+    console.print(f"[green]verified[/]: {result.tensors} tensors are what was written; {logits}")
+    if result.text is not None:
+        text = result.text
+        heads = ["tokens", "perplexity in llama.cpp", "in PyTorch", "KL", "difference", "largest"]
+        row = [
+            f"{text.tokens:,}",
+            f"{text.perplexity_engine:,.2f}",
+            f"{text.perplexity_simulation:,.2f}",
+            f"{text.kl_mean:.1e}",
+            f"{text.difference:.1e}",
+            f"{text.largest_difference:.1e}",
+        ]
+        console.print(terminal.table(heads, [row]))

@@ -1,0 +1,109 @@
+"""`bitfold export`, and `bitfold verify` of what it wrote, from the command line."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from commands import Run
+from safetensors.torch import load_file
+
+from bitfold.export.gptq import from_awq, from_gptq
+from bitfold.export.reading import read_model
+from bitfold.models.headers import read_json
+from bitfold.numerics import QuantizedTensor
+
+NAME = "model.layers.3.mlp.down_proj"
+
+
+def test_gguf_from_the_command_line(run: Run, artifact: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="the extra 'gguf' is not installed")
+    pytest.importorskip("xllamacpp", reason="the extra 'gguf' is not installed")
+    file, text = tmp_path / "model.gguf", tmp_path / "text.txt"
+    made = run(f"export {artifact} --to gguf -o {file} --json").json
+    assert made["bytes"] == file.stat().st_size
+    again = run(f"export {artifact} --to gguf -o {file}")
+    assert again.code == 1
+    assert "is there already: add --overwrite" in again.err
+    assert run(f"export {artifact} --to gguf -o {file} --overwrite").code == 0
+
+    verified = run(f"verify {file} --json").json
+    assert verified["engine"] == "llama.cpp"
+    assert 0 < verified["difference"] < verified["tolerance"]
+    text.write_text(
+        "The history of the world is long, and most of it was never written down. " * 200
+    )
+    compared = run(f"verify {file} --against {artifact} --text {text} --json").json["text"]
+    assert 0 < compared["kl_mean"] < 0.01
+    ratio = compared["perplexity_engine"] / compared["perplexity_simulation"]
+    assert abs(ratio - 1) < 0.02
+    assert "give --against" in run(f"verify {file} --text {text}").err
+    assert "leave --engine" in run(f"verify {file} --engine vllm").err
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_packed_directories_hold_the_same_integers(
+    run: Run, artifact: Path, tmp_path: Path, method: str
+) -> None:
+    out = tmp_path / method
+    assert run(f"export {artifact} --to {method} -o {out}").code == 0
+    settings = read_json(out / "config.json")["quantization_config"]
+    assert (settings["quant_method"], settings["bits"], settings["group_size"]) == (method, 4, 128)
+    assert (out / "tokenizer.json").is_file()
+    tensors = {}
+    for file in sorted(out.glob("*.safetensors")):
+        tensors |= load_file(file)
+    original = read_model(artifact).read(f"{NAME}.weight")
+    assert isinstance(original, QuantizedTensor)
+    if method == "awq":
+        found = from_awq(NAME, tensors, original.scheme)
+    else:
+        assert settings["checkpoint_format"] == "gptq_v2"
+        found = from_gptq(NAME, tensors, original.scheme, less_one=False)
+    assert torch.equal(found.codes, original.codes)
+    assert torch.equal(found.dequantize(), original.dequantize())
+    embeddings = "model.embed_tokens.weight"
+    assert torch.equal(tensors[embeddings], read_model(artifact).read(embeddings))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("--to onxx", "There is no format 'onxx' to export to"),
+        ("--to gptq -o /nowhere/at/all", "There is no directory /nowhere/at"),
+    ],
+)
+def test_what_cannot_be(
+    run: Run, artifact: Path, tmp_path: Path, arguments: str, sentence: str
+) -> None:
+    out = "" if "-o" in arguments else f"-o {tmp_path / 'out'}"
+    found = run(f"export {artifact} {arguments} {out}")
+    assert found.code == 1
+    assert sentence in found.err
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_mixed_bits_are_refused_where_there_is_one_scheme(
+    run: Run, model: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "mixed.yaml"
+    recipe.write_text(
+        "scheme: w4a16g32\nrounding: nearest\nlayers:\n- match: '*.down_proj'\n  scheme: w8a16\n"
+    )
+    made = run(f"quantize {model} -o {tmp_path / 'mixed'} --recipe {recipe}")
+    assert made.code == 0, made.err
+    found = run(f"export {tmp_path / 'mixed'} --to gptq -o {tmp_path / 'out'}")
+    assert "have different schemes" in found.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_was_exported_comes_back(run: Run, artifact: Path, tmp_path: Path) -> None:
+    assert run(f"export {artifact} --to awq -o {tmp_path / 'awq'}").code == 0
+    made = run(f"import {tmp_path / 'awq'} -o {tmp_path / 'back'} --json")
+    assert made.json["format"] == "bitfold"
+    name = f"{NAME}.weight"
+    back, original = read_model(tmp_path / "back").read(name), read_model(artifact).read(name)
+    assert isinstance(back, QuantizedTensor)
+    assert isinstance(original, QuantizedTensor)
+    assert torch.equal(back.dequantize(), original.dequantize())
+    assert run(f"inspect {tmp_path / 'back'}").code == 0
+    assert "is there already" in run(f"import {tmp_path / 'awq'} -o {tmp_path / 'back'}").err
