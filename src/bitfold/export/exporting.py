@@ -1,24 +1,40 @@
 """An artifact in the format of another engine: `bitfold.export_to`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from bitfold.errors import ExportError, OutputError, did_you_mean
 from bitfold.export.exported import Exported
 from bitfold.export.gguf_file import export_gguf
+from bitfold.export.onnx_file import export_onnx
 from bitfold.export.packed_directory import export_awq, export_gptq
 from bitfold.export.reading import StoredModel, read_model
 
-__all__ = ["TARGETS", "export_to"]
+__all__ = ["TARGETS", "Target", "export_to"]
 
 Progress = Callable[[int, int, str], None]
 Exporter = Callable[[StoredModel, Path, Progress], Exported]
 
-# Of each format: what writes it, and whether it is a directory.
-TARGETS: dict[str, tuple[Exporter, bool]] = {
-    "gguf": (export_gguf, False),
-    "gptq": (export_gptq, True),
-    "awq": (export_awq, True),
+
+@dataclass(frozen=True)
+class Target:
+    """forms: what writes each form of the format, by its name; the first is usual. directory: whether it is one, or a
+    file."""
+
+    forms: Mapping[str, Exporter]
+    directory: bool = False
+
+
+TARGETS: dict[str, Target] = {
+    "gguf": Target({"gguf": export_gguf}),
+    "gptq": Target({"gptq": export_gptq}, directory=True),
+    "awq": Target({"awq": export_awq}, directory=True),
+    "onnx": Target(
+        {form: partial(export_onnx, form=form) for form in ("fast", "compact", "tensorrt")},
+        directory=True,
+    ),
 }
 
 
@@ -27,13 +43,17 @@ def export_to(
     to: str,
     out: str | Path,
     *,
+    form: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Exported:
     """Write an artifact, or a checkpoint that is not quantized, in the format of another engine.
 
-    to: `gguf`, one file for llama.cpp; `gptq` and `awq`, directories for the engines that read those. out: the exact
-    path. progress: (tensors done, of how many, which).
+    to: `gguf`, one file for llama.cpp; `gptq` and `awq`, directories for the engines that read those; `onnx`, a
+    directory for ONNX Runtime. out: the exact path.
+    form: of onnx `fast` (the usual one: all integers in 4 bits, or in two times 4), `compact` (in 2, 4 or 8) or
+    `tensorrt` (explicit QuantizeLinear and DequantizeLinear of 8 bits, the rest in half precision).
+    progress: (steps done, of how many, which).
 
     >>> bitfold.export_to("llama-w4", "gguf", "llama-w4.gguf")  # doctest: +SKIP
 
@@ -42,18 +62,29 @@ def export_to(
     """
     if to not in TARGETS:
         raise ExportError(f"There is no format '{to}' to export to: {did_you_mean(to, TARGETS)}")
-    write, a_directory = TARGETS[to]
+    target = TARGETS[to]
+    form = next(iter(target.forms)) if form is None else form
+    if form not in target.forms:
+        raise ExportError(f"{to} has no form '{form}': {did_you_mean(form, target.forms)}")
     out = Path(out).expanduser().absolute()
-    if out.exists() and out.is_dir() != a_directory:
+    _check_place(out, to, target, overwrite)
+    model = read_model(Path(artifact).expanduser())
+    return target.forms[form](model, out, progress or (lambda done, total, what: None))
+
+
+def _check_place(out: Path, to: str, target: Target, overwrite: bool) -> None:
+    if out.exists() and out.is_dir() != target.directory:
         kinds = ("a file", "a directory")
         raise OutputError(
-            f"{out} is {kinds[out.is_dir()]}, and {to} is {kinds[a_directory]}: choose another -o."
+            f"{out} is {kinds[out.is_dir()]}, and {to} is {kinds[target.directory]}: choose another -o."
         )
     if out.exists() and not overwrite:
         raise OutputError(
             f"{out} is there already: add --overwrite to replace it, or choose another -o."
         )
+    if out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
+        raise OutputError(
+            f"{out} is no model's directory, so it is not replaced: choose another -o, or remove it yourself."
+        )
     if not out.parent.is_dir():
         raise OutputError(f"There is no directory {out.parent}: make it, or choose another -o.")
-    model = read_model(Path(artifact).expanduser())
-    return write(model, out, progress or (lambda done, total, what: None))

@@ -90,6 +90,13 @@ class StoredModel:
                 f"({' '.join(str(error).split())}): copy or make it again."
             ) from error
 
+    def calibrated(self, layer: str) -> dict[str, Tensor]:
+        """What was found on calibration text for the input of a linear layer, by its name behind the layer's."""
+        found = {part: f"{layer}.{part}" for part in _PARTS if part.startswith("input_")}
+        there = {part: name for part, name in found.items() if name in self.checkpoint.tensors}
+        tensors = self.checkpoint.read(there.values())
+        return {part: tensors[name] for part, name in there.items()}
+
 
 def read_model(path: Path) -> StoredModel:
     """A checkpoint directory: quantized by bitfold, or in the format of compressed-tensors, GPTQ or AWQ, or not

@@ -1,0 +1,135 @@
+"""An ONNX directory from an artifact: graph, weights, and what belongs to a model, for ONNX Runtime."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from transformers import PretrainedConfig
+
+from bitfold.errors import ExportError
+from bitfold.export import native
+from bitfold.export.artifact import companion_files, copy_companions
+from bitfold.export.directory import appearing, bytes_of
+from bitfold.export.exported import Exported
+from bitfold.export.onnx_decoder import add_decoder
+from bitfold.export.onnx_genai import genai_config
+from bitfold.export.onnx_graph import DATA_FILE, Graph, onnx_package
+from bitfold.export.onnx_linear import Linears
+from bitfold.export.onnx_tensorrt import TensorRtLinears, tensorrt_faults
+from bitfold.export.reading import StoredModel
+from bitfold.models.config import read_config
+from bitfold.export.sums import write_sums
+from bitfold.version import VERSION
+
+__all__ = ["GRAPH_FILE", "export_onnx"]
+
+Progress = Callable[[int, int, str], None]
+GRAPH_FILE = "model.onnx"
+
+
+def export_onnx(model: StoredModel, out: Path, progress: Progress, *, form: str) -> Exported:
+    """Write an artifact as a directory with model.onnx, which appears whole or not at all.
+
+    form: `fast` or `compact` (`onnx_integers`), or `tensorrt` (`onnx_tensorrt`). One weight is in memory at a time.
+    Raises ExportError for what ONNX Runtime would run differently, OutputError where it cannot be written,
+    MissingExtraError without the package onnx.
+    """
+    onnx_package()
+    _check(model)
+    config = read_config(model.checkpoint)
+    blocks: Any = config
+    steps = blocks.num_hidden_layers + 2
+    done = iter(range(steps))
+    with appearing(out) as directory:
+        with (directory / DATA_FILE).open("wb") as data:
+            graph, linears = _started(data, model, form)
+            add_decoder(
+                graph, linears, model, config, lambda what: progress(next(done), steps, what)
+            )
+        metadata = {"bitfold": VERSION, "form": form}
+        content = graph.to_bytes(model.checkpoint.path.name, metadata)
+        (directory / GRAPH_FILE).write_bytes(content)
+        if form == "tensorrt" and (faults := tensorrt_faults(directory / GRAPH_FILE)):
+            raise ExportError(f"TensorRT would not take the graph: {faults[0]}.")
+        _add_rest(model, config, directory)
+        more = {
+            "form": form,
+            "input_bits": linears.input_bits,
+            "simulation_unpacks_in_half": linears.half_scales and _unpacks_in_scales(model),
+        }
+        write_sums(directory, "onnx", {n: asdict(s) for n, s in graph.stored.items()}, more)
+        size = bytes_of(directory)
+    progress(1, 1, "done")
+    return Exported(out, "onnx", size, dict(linears.types), tuple(_notes(model, linears, form)))
+
+
+def _started(data: BinaryIO, model: StoredModel, form: str) -> tuple[Graph, Linears]:
+    """A graph, and what writes linear layers into it."""
+    if form == "tensorrt":
+        graph = Graph(data, dtype=torch.float16, basic=True)
+        return graph, TensorRtLinears(graph, model)
+    graph = Graph(data)
+    return graph, Linears(graph, model, form)
+
+
+def _check(model: StoredModel) -> None:
+    path = model.checkpoint.path
+    if model.runs:
+        raise ExportError(
+            f"{path} has maps that run at inference ({model.runs[0]}), which ONNX is written without: quantize by a "
+            "method that folds all of them (`bitfold recipes` says which)."
+        )
+    if model.quantizes_heads:
+        raise ExportError(
+            f"{path} quantizes queries, keys or values, which ONNX is written without: quantize by a scheme that "
+            "leaves them alone (without q and kv in its notation), or use another --to."
+        )
+
+
+def _add_rest(model: StoredModel, config: PretrainedConfig, directory: Path) -> None:
+    """Config, tokenizer, chat template, generation config, the probe, and what ONNX Runtime's generate() reads."""
+    source = model.checkpoint.path
+    left = ("quantization_config", "attn_implementation")
+    content = {key: value for key, value in model.config.items() if key not in left}
+    _write(directory / "config.json", content)
+    copy_companions(source, directory)
+    if (source / "verification.npz").is_file():
+        shutil.copyfile(source / "verification.npz", directory / "verification.npz")
+    _write(directory / "genai_config.json", genai_config(config, source))
+
+
+def _unpacks_in_scales(model: StoredModel) -> bool:
+    """Whether the artifact's own loader, and with it the simulation, unpacks weights in the dtype of their scales."""
+    settings = model.config.get("quantization_config") or {}
+    return settings.get("quant_method") not in (None, native.NAME)
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _notes(model: StoredModel, linears: Linears, form: str) -> Iterator[str]:
+    if linears.unstored:
+        count = len(linears.unstored)
+        more = f", and {count - 1} others" if count > 1 else ""
+        yield f"{linears.unstored[0]}{more}: their values are written in floating point, and take 16 or 32 bits"
+    few = {s.weight.bits for s in model.schemes.values() if s.weight and s.weight.grid == "int"}
+    if form == "fast" and min(few, default=4) < 4:
+        yield (
+            f"weights of {min(few)} bits are stored in 4, which ONNX Runtime multiplies as they are packed; "
+            'form="compact" stores fewer where it can, and is far slower'
+        )
+    if isinstance(linears, TensorRtLinears):
+        yield "layers that are not quantized, and what is between layers, are in half precision"
+        if linears.scale_error:
+            yield (
+                f"scales are rounded to half precision, by at most {linears.scale_error:.1e} of their size"
+            )
+    if not any(
+        file.name.startswith("tokenizer") for file in companion_files(model.checkpoint.path)
+    ):
+        yield f"{model.checkpoint.path} has no tokenizer, so there is none beside the graph"
