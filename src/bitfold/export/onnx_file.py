@@ -21,8 +21,8 @@ from bitfold.export.onnx_graph import DATA_FILE, Graph, onnx_package
 from bitfold.export.onnx_linear import Linears
 from bitfold.export.onnx_tensorrt import TensorRtLinears, tensorrt_faults
 from bitfold.export.reading import StoredModel
-from bitfold.models.config import read_config
 from bitfold.export.sums import write_sums
+from bitfold.models.config import read_config
 from bitfold.version import VERSION
 
 __all__ = ["GRAPH_FILE", "export_onnx"]
