@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from bitfold.export.sums import SUMS_FILE
 from bitfold.report import outcome, terminal
 from bitfold.report.ending import USAGE_ERROR
 from bitfold.report.progress import showing_steps
@@ -21,19 +22,19 @@ def verify_and_print(
     device: str,
     json: bool,
 ) -> None:
-    """An artifact in PyTorch, or in vLLM too; a GGUF file in llama.cpp."""
-    if Path(out).suffix == ".gguf":
-        result: Any = _gguf(out, engine, engine_python, against, text)
-        say = _say_gguf
+    """An artifact in PyTorch, or in vLLM too; a GGUF file in llama.cpp; an ONNX directory in ONNX Runtime."""
+    if Path(out).suffix == ".gguf" or (Path(out) / SUMS_FILE).is_file():
+        result: Any = _exported(out, engine, engine_python, against, text)
+        say = _say_exported
     elif engine is not None:
         if against is not None:
-            raise USAGE_ERROR("--against is the artifact of a GGUF file: leave it out")
+            raise USAGE_ERROR("--against is the artifact of what was exported: leave it out")
         result = _engine(out, engine, engine_python, text, device)
         say = outcome.print_engine_verification
     else:
         if engine_python is not None or text is not None or against is not None:
             raise USAGE_ERROR(
-                "--engine-python and --text go with --engine vllm, --against with a GGUF file"
+                "--engine-python and --text go with --engine vllm, --against with what was exported"
             )
         result = _artifact(out, device)
         say = _say_artifact
@@ -63,21 +64,25 @@ def _engine(out: str, engine: str, python: str | None, text: Path | None, device
         )
 
 
-def _gguf(
+def _exported(
     out: str, engine: str | None, python: str | None, against: str | None, text: Path | None
 ) -> Any:
     from bitfold.engines.verify_gguf import verify_gguf
+    from bitfold.engines.verify_onnx import verify_onnx
 
-    if engine not in (None, "llama.cpp") or python is not None:
+    gguf = Path(out).suffix == ".gguf"
+    what, its = ("GGUF file", "llama.cpp") if gguf else ("ONNX directory", "ONNX Runtime")
+    if engine not in (None, its) or python is not None:
         raise USAGE_ERROR(
-            "A GGUF file runs in llama.cpp, in this process: leave --engine and --engine-python out"
+            f"This {what} runs in {its}, in this process: leave --engine and --engine-python out"
         )
     if text is not None and against is None:
         raise USAGE_ERROR(
-            "--text compares a GGUF file with its artifact: give --against ARTIFACT too"
+            f"--text compares this {what} with its artifact: give --against ARTIFACT too"
         )
+    verify = verify_gguf if gguf else verify_onnx
     with showing_steps() as say:
-        return verify_gguf(Path(out), against=against, text=text, progress=say)
+        return verify(Path(out), against=against, text=text, progress=say)
 
 
 def _say_artifact(result: Any) -> None:
@@ -88,18 +93,25 @@ def _say_artifact(result: Any) -> None:
     )
 
 
-def _say_gguf(result: Any) -> None:
+def _say_exported(result: Any) -> None:
     console = terminal.console()
     logits = (
         "it has no recorded logits to compare with (it was made from a checkpoint that is no artifact)"
         if result.difference is None
-        else f"logits of {result.positions} tokens in llama.cpp differ from the simulation by {result.difference:.1e} "
-        f"of their spread, root mean square (up to {result.tolerance:g} is the engine's rounding)"
+        else f"logits of {result.positions} tokens in {result.engine} differ from the simulation by "
+        f"{result.difference:.1e} of their spread, root mean square (up to {result.tolerance:g} is rounding)"
     )
     console.print(f"[green]verified[/]: {result.tensors} tensors are what was written; {logits}")
     if result.text is not None:
         text = result.text
-        heads = ["tokens", "perplexity in llama.cpp", "in PyTorch", "KL", "difference", "largest"]
+        heads = [
+            "tokens",
+            f"perplexity in {result.engine}",
+            "in PyTorch",
+            "KL",
+            "difference",
+            "largest",
+        ]
         row = [
             f"{text.tokens:,}",
             f"{text.perplexity_engine:,.2f}",
