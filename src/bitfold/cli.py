@@ -56,6 +56,7 @@ def _options(
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout, nothing else.")
 ]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at OUT.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")]
 Model = Annotated[
@@ -295,18 +296,19 @@ def export(
         Path,
         typer.Argument(metavar="ARTIFACT", help="What `bitfold quantize` wrote, or a checkpoint."),
     ],
-    to: Annotated[str, typer.Option(help="gguf (llama.cpp), gptq or awq.")],
+    to: Annotated[str, typer.Option(help="gguf (llama.cpp), onnx (ONNX Runtime), gptq or awq.")],
     out: Annotated[
         Path, typer.Option("-o", "--out", help="The exact path: a file for gguf, else a directory.")
     ],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at OUT.")] = False,
+    form: Annotated[str | None, typer.Option(help="Of onnx: fast, compact or tensorrt.")] = None,
+    overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
     """An artifact in the format of another engine: its integers, scales and zero-points as they are."""
     from bitfold.export.exporting import export_to
 
     with _progress("exporting") as progress:
-        result = export_to(artifact, to, out, overwrite=overwrite, progress=progress)
+        result = export_to(artifact, to, out, form=form, overwrite=overwrite, progress=progress)
     if json:
         terminal.print_json(result.to_json())
     else:
@@ -322,7 +324,7 @@ def import_(
         ),
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Directory of the result.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at OUT.")] = False,
+    overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
     """What others quantized, with the same integers, as a checkpoint that bitfold evaluates and exports."""
