@@ -36,7 +36,8 @@ def test_gguf_from_the_command_line(run: Run, artifact: Path, tmp_path: Path) ->
     assert 0 < compared["kl_mean"] < 0.01
     ratio = compared["perplexity_engine"] / compared["perplexity_simulation"]
     assert abs(ratio - 1) < 0.02
-    assert "give --against" in run(f"verify {file} --text {text}").err
+    assert "give both, or neither" in run(f"verify {file} --text {text}").err
+    assert "give both, or neither" in run(f"verify {file} --against {artifact}").err
     assert "leave --engine" in run(f"verify {file} --engine vllm").err
 
 
@@ -52,6 +53,7 @@ def test_packed_directories_hold_the_same_integers(
     tensors = {}
     for file in sorted(out.glob("*.safetensors")):
         tensors |= load_file(file)
+    assert "is no artifact of bitfold" in run(f"verify {out}").err
     original = read_model(artifact).read(f"{NAME}.weight")
     assert isinstance(original, QuantizedTensor)
     if method == "awq":

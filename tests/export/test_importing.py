@@ -64,6 +64,51 @@ def test_compressed_tensors_keep_their_activations(tmp_path: Path) -> None:
     assert torch.allclose(logits(tmp_path / "b"), logits(tmp_path / "a"), atol=1e-4)
 
 
+def test_static_inputs_come_along(tmp_path: Path) -> None:
+    bitfold.quantize(
+        DEMO_MODEL, tmp_path / "a", method="rtn", scheme="w8a8", samples=2, sequence_length=64,
+        set=["weight.symmetric=true", "activation.static=true"],
+    )  # fmt: skip
+    import_checkpoint(tmp_path / "a", tmp_path / "b")
+    assert torch.allclose(logits(tmp_path / "b"), logits(tmp_path / "a"), atol=1e-4)
+
+
+@pytest.mark.parametrize("symmetric", ["true", "false"])
+def test_gptq_exported_again_is_the_same(symmetric: str, tmp_path: Path) -> None:
+    """Zero-points are stored in two ways: the file must be in the one that its config says."""
+    bitfold.quantize(
+        DEMO_MODEL,
+        tmp_path / "a",
+        method="rtn",
+        scheme="w4a16g128",
+        set=f"weight.symmetric={symmetric}",
+    )
+    for source, target in (("a", "b"), ("b", "c")):
+        export_to(tmp_path / source, "gptq", tmp_path / target)
+    before, after = exact(tmp_path / "a"), exact(tmp_path / "c")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_directory_that_is_no_model_is_not_replaced(tmp_path: Path) -> None:
+    precious = tmp_path / "out" / "letters.txt"
+    precious.parent.mkdir()
+    precious.write_text("dear")
+    with pytest.raises(OutputError, match="is no model's directory"):
+        import_checkpoint(DEMO_MODEL, tmp_path / "out", overwrite=True)
+    assert precious.read_text() == "dear"
+
+
+def test_zero_points_of_a_format_that_says_it_has_none(tmp_path: Path) -> None:
+    bitfold.quantize(DEMO_MODEL, tmp_path / "a", method="rtn", scheme="w4a16g128")
+    export_to(tmp_path / "a", "gptq", tmp_path / "b")
+    file = tmp_path / "b" / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"]["sym"] = True
+    file.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="not in the middle of the grid"):
+        import_checkpoint(tmp_path / "b", tmp_path / "c")
+
+
 def test_what_cannot_be_imported(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is not quantized"):
         import_checkpoint(DEMO_MODEL, tmp_path / "out")

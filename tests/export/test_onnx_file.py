@@ -329,11 +329,11 @@ def test_missing_packages_are_said(
     artifact: Path, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'bitfold\[onnx\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install -c constraints.txt '\.\[onnx\]'"):
         export_to(artifact, "onnx", tmp_path / "model")
     assert not list(tmp_path.iterdir())
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'bitfold\[onnx\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install -c constraints.txt '\.\[onnx\]'"):
         OnnxRuntime(directory)
 
 

@@ -10,10 +10,18 @@ import torch
 from torch import Tensor
 
 from bitfold.data.text import read_text, tokenize, windows
+from bitfold.errors import VerificationError
 from bitfold.pipeline.probe import Probe
 from bitfold.runtime.load import load, load_tokenizer
 
-__all__ = ["Engine", "ExportVerification", "TextComparison", "compare_text", "probe_difference"]
+__all__ = [
+    "Engine",
+    "ExportVerification",
+    "TextComparison",
+    "compare_text",
+    "probe_difference",
+    "verify_export",
+]
 
 
 class Engine(Protocol):
@@ -21,6 +29,9 @@ class Engine(Protocol):
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Logits [length, vocabulary] float32 behind every token id of one window [length]."""
+
+
+Opened = Callable[[int], AbstractContextManager[Engine]]
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,41 @@ class ExportVerification:
         return asdict(self)
 
 
+def verify_export(
+    out: Path,
+    name: str,
+    tensors: int,
+    probe: Probe | None,
+    tolerance: float,
+    opened: Opened,
+    texts: tuple[str | Path | None, str | Path | None],
+    window_count: int,
+    progress: Callable[[str], None],
+) -> ExportVerification:
+    """Run an export whose `tensors` are what was written in its engine, on the probe and on a text.
+
+    name: of the engine. opened: the engine for windows of so many tokens. texts: an artifact and a text, if both are to
+    be compared on it. Raises VerificationError where the logits are not what was simulated.
+    """
+    difference, positions = None, 0
+    if probe is not None:
+        progress(f"comparing logits in {name}")
+        with opened(probe.tokens.shape[1]) as engine:
+            difference = probe_difference(engine, probe)
+        positions = probe.logits.shape[0] * probe.logits.shape[1]
+        if not difference <= tolerance:
+            raise VerificationError(
+                f"{out} gives logits in {name} that differ from the simulation by {difference:.2g} of their spread (at "
+                f"most {tolerance:g} is rounding): export it again."
+            )
+    against, text = texts
+    compared = None
+    if against is not None and text is not None:
+        progress("running the text in both")
+        compared = compare_text(opened, against, text, window_count)
+    return ExportVerification(str(out), name, tensors, positions, difference, tolerance, compared)
+
+
 def probe_difference(engine: Engine, probe: Probe) -> float:
     """Root mean square of the probe's logits' differences, over their standard deviation."""
     found = probe.pick(torch.stack([engine.logits(tokens) for tokens in probe.tokens]))
@@ -62,7 +108,7 @@ def probe_difference(engine: Engine, probe: Probe) -> float:
 
 
 def compare_text(
-    opened: Callable[[int], AbstractContextManager[Engine]],
+    opened: Opened,
     against: str | Path,
     text: str | Path,
     window_count: int,

@@ -144,7 +144,7 @@ def _library() -> Any:
     found = sorted(Path(package.origin).parent.glob("*.so")) if package and package.origin else []
     if not found:
         raise MissingExtraError(
-            "llama.cpp is not installed, which runs GGUF files: pip install 'bitfold[gguf]'."
+            "llama.cpp is not installed, which runs GGUF files: pip install -c constraints.txt '.[gguf]'."
         )
     library = ctypes.CDLL(str(found[0]))
     pointer, integer, flag = ctypes.c_void_p, ctypes.c_int32, ctypes.c_bool

@@ -97,7 +97,7 @@ def _package() -> Any:
         import onnxruntime
     except ImportError as error:
         raise MissingExtraError(
-            "ONNX Runtime is not installed, which runs ONNX files: pip install 'bitfold[onnx]'."
+            "ONNX Runtime is not installed, which runs ONNX files: pip install -c constraints.txt '.[onnx]'."
         ) from error
     return onnxruntime
 

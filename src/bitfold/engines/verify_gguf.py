@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bitfold.engines.exported import ExportVerification, compare_text, probe_difference
+from bitfold.engines.exported import ExportVerification, verify_export
 from bitfold.engines.llama_cpp import LlamaCpp
-from bitfold.errors import CheckpointError, MissingExtraError, VerificationError
+from bitfold.errors import CheckpointError, VerificationError
 from bitfold.export.artifact import tensor_sum
+from bitfold.export.gguf_model import gguf_package
 from bitfold.pipeline.probe import Probe
 
 __all__ = ["verify_gguf"]
@@ -36,36 +37,22 @@ def verify_gguf(
     """
     progress("checking tensors")
     count, probe = _read(file)
-    difference, positions = None, 0
-    if probe is not None:
-        progress("comparing logits in llama.cpp")
-        with LlamaCpp(file, context=probe.tokens.shape[1]) as engine:
-            difference = probe_difference(engine, probe)
-        positions = probe.logits.shape[0] * probe.logits.shape[1]
-        if not difference <= TOLERANCE:
-            raise VerificationError(
-                f"{file} gives logits in llama.cpp that differ from the simulation by {difference:.2f} of their "
-                f"spread (at most {TOLERANCE:g} is the engine's rounding): export it again."
-            )
-    compared = None
-    if against is not None and text is not None:
-        progress("running the text in both")
-        compared = compare_text(
-            lambda length: LlamaCpp(file, context=length), against, text, window_count
-        )
-    return ExportVerification(
-        str(file), "llama.cpp", count, positions, difference, TOLERANCE, compared
+    return verify_export(
+        file,
+        "llama.cpp",
+        count,
+        probe,
+        TOLERANCE,
+        lambda length: LlamaCpp(file, context=length),
+        (against, text),
+        window_count,
+        progress,
     )
 
 
 def _read(file: Path) -> tuple[int, Probe | None]:
     """How many tensors are what was written, and the probe, if there is one."""
-    try:
-        import gguf
-    except ImportError as error:
-        raise MissingExtraError(
-            "GGUF files are read with the package gguf: pip install 'bitfold[gguf]'."
-        ) from error
+    gguf = gguf_package()
     try:
         reader = gguf.GGUFReader(file)
         fields = {name: reader.get_field(name) for name in ("bitfold.sums", "bitfold.verification")}

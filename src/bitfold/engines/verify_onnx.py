@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bitfold.engines.exported import ExportVerification, compare_text, probe_difference
+from bitfold.engines.exported import ExportVerification, verify_export
 from bitfold.engines.onnx_runtime import OnnxRuntime
 from bitfold.errors import CheckpointError, VerificationError
 from bitfold.export.artifact import tensor_sum
@@ -51,27 +51,18 @@ def verify_onnx(
     progress("checking tensors")
     content = _read(directory)
     _check(directory, content)
-    difference, positions, tolerance = None, 0, _EXACT
-    if (directory / PROBE_FILE).is_file():
-        progress("comparing logits in ONNX Runtime")
-        probe = Probe.load(directory / PROBE_FILE)
-        tolerance = _tolerance(content, probe)
-        difference = probe_difference(OnnxRuntime(directory), probe)
-        positions = probe.logits.shape[0] * probe.logits.shape[1]
-        if not difference <= tolerance:
-            raise VerificationError(
-                f"{directory} gives logits in ONNX Runtime that differ from the simulation by {difference:.2e} of "
-                f"their spread (at most {tolerance:g} is rounding): export it again."
-            )
-    compared = None
-    if against is not None and text is not None:
-        progress("running the text in both")
-        compared = compare_text(
-            lambda length: nullcontext(OnnxRuntime(directory)), against, text, window_count
-        )
-    count = len(content["tensors"])
-    return ExportVerification(
-        str(directory), "ONNX Runtime", count, positions, difference, tolerance, compared
+    there = (directory / PROBE_FILE).is_file()
+    probe = Probe.load(directory / PROBE_FILE) if there else None
+    return verify_export(
+        directory,
+        "ONNX Runtime",
+        len(content["tensors"]),
+        probe,
+        _EXACT if probe is None else _tolerance(content, probe),
+        lambda length: nullcontext(OnnxRuntime(directory)),
+        (against, text),
+        window_count,
+        progress,
     )
 
 

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from bitfold.errors import OutputError
 from bitfold.export.artifact import copy_companions, index_json, shard_name, tensor_sums
+from bitfold.export.exported import Progress
 from bitfold.export.reading import StoredModel
 from bitfold.numerics import QuantizedTensor
 
 __all__ = ["appearing", "bytes_of", "write_directory"]
 
-Progress = Callable[[int, int, str], None]
 # A layer's name and its weight, as the tensors that stand for it.
 Pack = Callable[[str, QuantizedTensor], dict[str, Tensor]]
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from bitfold.errors import ExportError, OutputError, did_you_mean
-from bitfold.export.exported import Exported
+from bitfold.errors import ExportError, did_you_mean
+from bitfold.export.exported import Exported, Progress, check_place
 from bitfold.export.gguf_file import export_gguf
 from bitfold.export.onnx_file import export_onnx
 from bitfold.export.packed_directory import export_awq, export_gptq
@@ -14,7 +14,6 @@ from bitfold.export.reading import StoredModel, read_model
 
 __all__ = ["TARGETS", "Target", "export_to"]
 
-Progress = Callable[[int, int, str], None]
 Exporter = Callable[[StoredModel, Path, Progress], Exported]
 
 
@@ -67,24 +66,6 @@ def export_to(
     if form not in target.forms:
         raise ExportError(f"{to} has no form '{form}': {did_you_mean(form, target.forms)}")
     out = Path(out).expanduser().absolute()
-    _check_place(out, to, target, overwrite)
+    check_place(out, to, directory=target.directory, overwrite=overwrite)
     model = read_model(Path(artifact).expanduser())
     return target.forms[form](model, out, progress or (lambda done, total, what: None))
-
-
-def _check_place(out: Path, to: str, target: Target, overwrite: bool) -> None:
-    if out.exists() and out.is_dir() != target.directory:
-        kinds = ("a file", "a directory")
-        raise OutputError(
-            f"{out} is {kinds[out.is_dir()]}, and {to} is {kinds[target.directory]}: choose another -o."
-        )
-    if out.exists() and not overwrite:
-        raise OutputError(
-            f"{out} is there already: add --overwrite to replace it, or choose another -o."
-        )
-    if out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
-        raise OutputError(
-            f"{out} is no model's directory, so it is not replaced: choose another -o, or remove it yourself."
-        )
-    if not out.parent.is_dir():
-        raise OutputError(f"There is no directory {out.parent}: make it, or choose another -o.")

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bitfold.export.exported import half_scales
 from bitfold.numerics import QuantizedTensor
 
 __all__ = ["TYPES", "BlockType", "Stored", "smallest", "store"]
@@ -79,9 +80,7 @@ def store(tensor: QuantizedTensor, kind: BlockType) -> Stored:
     blocks = columns // kind.inputs
     repeats = blocks // tensor.scale.shape[1]
     scale = tensor.scale.float().expand(rows, -1)
-    half = scale.half()
-    if not torch.isfinite(half).all() or (half == 0).logical_and(scale != 0).any():
-        raise OverflowError("a scale is out of the range of half precision")
+    half, change = half_scales(scale)
     units = tensor.codes.to(torch.int32)
     zero = torch.zeros_like(scale, dtype=torch.int32)
     if kind.most_zero is None:
@@ -106,8 +105,7 @@ def store(tensor: QuantizedTensor, kind: BlockType) -> Stored:
         .view(torch.uint8)
         .numpy(),
     )
-    error = ((half.float() - scale).abs() / scale.clamp(min=1e-30)).max()
-    return Stored(kind, data.reshape(rows, blocks * kind.size), float(error))
+    return Stored(kind, data.reshape(rows, blocks * kind.size), change)
 
 
 def _floor(tensor: QuantizedTensor) -> int:

@@ -5,7 +5,7 @@ What a block type of ggml cannot hold as it is, is written in the floating point
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bitfold.errors import ExportError, MissingExtraError, OutputError
+from bitfold.errors import ExportError, OutputError
 from bitfold.export.artifact import tensor_sum
-from bitfold.export.exported import Exported
+from bitfold.export.exported import Exported, Progress, rounded_scales, unstored
 from bitfold.export.ggml_blocks import smallest, store
-from bitfold.export.gguf_model import Dialect, dialect_of, row_order, settings, without_offset
+from bitfold.export.gguf_model import (
+    Dialect,
+    dialect_of,
+    gguf_package,
+    row_order,
+    settings,
+    without_offset,
+)
 from bitfold.export.gguf_tokenizer import add_tokenizer
 from bitfold.export.reading import StoredModel
 from bitfold.models.config import read_config
@@ -27,7 +34,6 @@ from bitfold.numerics import QuantizedTensor
 
 __all__ = ["export_gguf"]
 
-Progress = Callable[[int, int, str], None]
 _PLAIN = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 # llama.cpp's name for what most of a file is in, by its number (`enum llama_ftype`).
 _FILE_TYPES = {
@@ -38,7 +44,8 @@ _FILE_TYPES = {
 
 @dataclass(frozen=True)
 class _Part:
-    """A tensor as it lies in the file: its type, bytes [rows, bytes of a row], and what changed, if anything did."""
+    """A tensor as it lies in the file: its type and bytes [rows, bytes of a row]. note: why it is not in few bits;
+    scale_error: the largest change of a scale, relative to it; change: of a value, relative to the largest."""
 
     name: str
     type: str
@@ -46,6 +53,7 @@ class _Part:
     weights: int
     note: str | None = None
     scale_error: float = 0.0
+    change: float = 0.0
 
 
 def export_gguf(model: StoredModel, out: Path, progress: Progress) -> Exported:
@@ -54,12 +62,8 @@ def export_gguf(model: StoredModel, out: Path, progress: Progress) -> Exported:
     Tensors are gone through twice, one at a time: the file's head says how long each is, and its sum.
     Raises ExportError for what llama.cpp would run differently, OutputError where the file cannot be written.
     """
-    gguf = _package()
-    if model.runs:
-        raise ExportError(
-            f"{model.checkpoint.path} has maps that run at inference ({model.runs[0]}), which llama.cpp would not run: "
-            "quantize by a method that folds all of them (`bitfold recipes` says which)."
-        )
+    gguf = gguf_package()
+    model.refuse_running("llama.cpp")
     config = read_config(model.checkpoint)
     dialect = dialect_of(model.checkpoint.config["model_type"])
     names = _names(model, dialect, gguf, config)
@@ -68,7 +72,7 @@ def export_gguf(model: StoredModel, out: Path, progress: Progress) -> Exported:
     try:
         _add_head(writer, model, config, dialect)
         sums, types, notes = {}, Counter[str](), []
-        worst = 0.0
+        worst = change = 0.0
         for done, (name, place) in enumerate(names.items()):
             progress(done, 2 * len(names), name)
             part = _part(model, name, place, dialect, config)
@@ -80,6 +84,7 @@ def export_gguf(model: StoredModel, out: Path, progress: Progress) -> Exported:
             types[part.type] += part.weights
             worst = max(worst, part.scale_error)
             notes += [part.note] if part.note else []
+            change = max(change, part.change)
         writer.add_file_type(_FILE_TYPES[_most(types)])
         writer.add_array("bitfold.sums", [f"{place} {found}" for place, found in sums.items()])
         _add_probe(writer, model.checkpoint.path)
@@ -98,18 +103,8 @@ def export_gguf(model: StoredModel, out: Path, progress: Progress) -> Exported:
     finally:
         partial.unlink(missing_ok=True)
     progress(1, 1, "done")
-    said = (*_notes(model, notes), *([_rounded(worst)] if worst else []))
+    said = (*unstored(notes, "16 bits or more", change), *_notes(model), *rounded_scales(worst))
     return Exported(out, "gguf", out.stat().st_size, dict(types), said)
-
-
-def _package() -> Any:
-    try:
-        import gguf
-    except ImportError as error:
-        raise MissingExtraError(
-            "GGUF files are written with the package gguf: pip install 'bitfold[gguf]'."
-        ) from error
-    return gguf
 
 
 def _names(model: StoredModel, dialect: Dialect, gguf: Any, config: Any) -> dict[str, str]:
@@ -129,8 +124,7 @@ def _names(model: StoredModel, dialect: Dialect, gguf: Any, config: Any) -> dict
 
 def _add_head(writer: Any, model: StoredModel, config: Any, dialect: Dialect) -> None:
     """Everything before the tensors."""
-    import gguf
-
+    gguf = gguf_package()
     writer.add_name(model.checkpoint.path.name)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_quantized_by("bitfold")
@@ -158,8 +152,11 @@ def _part(model: StoredModel, name: str, place: str, dialect: Dialect, config: A
     kind = smallest(value)
     if kind is None:
         dtype = value.scale.dtype if value.scale.dtype in _PLAIN else torch.bfloat16
+        exact = value.dequantize(torch.float32)
+        rounded = exact.to(dtype)
+        change = float((rounded.float() - exact).abs().max() / exact.abs().max().clamp(min=1e-30))
         note = f"{name} ({value.scheme.grid}, {value.scheme.bits} bits) has no block type that holds it"
-        return replace(_plain(place, value.dequantize(torch.float32).to(dtype)), note=note)
+        return replace(_plain(place, rounded), note=note, change=change)
     try:
         stored = store(value, kind)
     except OverflowError as error:
@@ -191,15 +188,8 @@ def _most(types: Counter[str]) -> str:
     return (few or types).most_common(1)[0][0]
 
 
-def _notes(model: StoredModel, unstored: list[str]) -> Iterator[str]:
-    if unstored:
-        more = f", and {len(unstored) - 1} others" if len(unstored) > 1 else ""
-        yield f"{unstored[0]}{more}: their values are written in floating point, and take 16 bits or more"
+def _notes(model: StoredModel) -> Iterator[str]:
     if any(scheme.activation is not None for scheme in model.schemes.values()):
         yield "the scheme's activations are left out: llama.cpp quantizes inputs its own way, 8 bits in blocks of 32"
     if model.quantizes_heads:
         yield "the scheme's queries, keys and values are left out: llama.cpp has a cache of its own (-ctk, -ctv)"
-
-
-def _rounded(worst: float) -> str:
-    return f"scales are rounded to half precision, by at most {worst:.1e} of their size"

@@ -8,10 +8,18 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from bitfold.errors import ExportError
+from bitfold.errors import ExportError, MissingExtraError
 from bitfold.models.family import head_counts
 
-__all__ = ["DIALECTS", "Dialect", "dialect_of", "row_order", "settings", "without_offset"]
+__all__ = [
+    "DIALECTS",
+    "Dialect",
+    "dialect_of",
+    "gguf_package",
+    "row_order",
+    "settings",
+    "without_offset",
+]
 
 
 @dataclass(frozen=True)
@@ -139,3 +147,14 @@ def without_offset(name: str, value: Tensor, dialect: Dialect) -> Tensor:
     if value.ndim == 1 and "norm" in name and name.endswith(".weight"):
         return value.float() + dialect.norm_offset
     return value
+
+
+def gguf_package() -> Any:
+    """The package gguf, which writes and reads the file's head; MissingExtraError where it is not installed."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise MissingExtraError(
+            "GGUF files are written and read with the package gguf: pip install -c constraints.txt '.[gguf]'."
+        ) from error
+    return gguf

@@ -7,6 +7,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from bitfold.errors import ExportError
+from bitfold.export.gguf_model import gguf_package
 from bitfold.models.headers import read_json
 
 __all__ = ["add_tokenizer"]
@@ -26,8 +27,7 @@ def add_tokenizer(writer: Any, directory: Path, vocabulary: int) -> None:
     vocabulary: rows of the embeddings; places without a token get a name that no text has.
     Raises ExportError for a tokenizer that bitfold cannot say there.
     """
-    import gguf
-
+    gguf = gguf_package()
     file = directory / "tokenizer.json"
     if not file.is_file():
         raise ExportError(

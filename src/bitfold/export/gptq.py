@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bitfold.errors import CheckpointError
+from bitfold.export.exported import half_scales
 from bitfold.numerics import QuantizedTensor, TensorScheme, pack, unpack
 
 __all__ = ["from_awq", "from_gptq", "read_packed", "to_awq", "to_gptq", "unsayable"]
@@ -33,9 +34,10 @@ def unsayable(tensor: QuantizedTensor, method: str) -> str | None:
     rows, columns = tensor.shape
     if rows % 32 or columns % 32:
         return f"it packs both sides in words, and {rows} by {columns} does not fill them"
-    half = tensor.scale.half()
-    if not torch.isfinite(half).all() or (half == 0).logical_and(tensor.scale != 0).any():
-        return "its scales are half precision, and one of these is out of its range"
+    try:
+        half_scales(tensor.scale)
+    except OverflowError as error:
+        return str(error)
     return None
 
 
@@ -62,9 +64,9 @@ def to_gptq(name: str, tensor: QuantizedTensor, *, less_one: bool) -> dict[str, 
 def from_gptq(
     name: str, tensors: Mapping[str, Tensor], scheme: TensorScheme, *, less_one: bool
 ) -> QuantizedTensor:
-    """The way back. scheme: with the bits and groups that config.json says; asymmetric unless all zero-points are 0.
+    """The way back.
 
-    Raises ValueError where groups are scattered over the inputs.
+    Raises ValueError where groups are scattered over the inputs, or zero-points are not those of a symmetric grid.
     """
     bits = scheme.bits
     scales = tensors[f"{name}.scales"].T.contiguous()
@@ -124,7 +126,7 @@ def read_packed(
     try:
         scheme = TensorScheme(
             bits=settings.get("bits", settings.get("w_bit")),
-            symmetric=False,
+            symmetric=method == "gptq" and bool(settings.get("sym")),
             granularity="group" if size and size > 0 else "channel",
             group_size=size if size and size > 0 else None,
         )
@@ -145,9 +147,13 @@ def _zeros(tensor: QuantizedTensor) -> Tensor:
 
 
 def _weight(codes: Tensor, scales: Tensor, zeros: Tensor, scheme: TensorScheme) -> QuantizedTensor:
-    symmetric = not bool(zeros.any())
-    made = scheme.model_copy(update={"symmetric": symmetric})
-    return QuantizedTensor(codes, scales, None if symmetric else zeros, made)
+    if not scheme.symmetric:
+        return QuantizedTensor(codes, scales, zeros, scheme)
+    if zeros.any():
+        raise ValueError(
+            "zero-points that are not in the middle of the grid, in a symmetric format"
+        )
+    return QuantizedTensor(codes, scales, None, scheme)
 
 
 def _wrapped(values: Tensor, bits: int) -> Tensor:

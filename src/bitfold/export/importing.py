@@ -1,21 +1,19 @@
 """A quantized checkpoint of others as one that bitfold runs: `bitfold.import_checkpoint`."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
 
-from bitfold.errors import CheckpointError, OutputError
+from bitfold.errors import CheckpointError
 from bitfold.export import native
 from bitfold.export.directory import appearing, bytes_of, write_directory
-from bitfold.export.exported import Exported
+from bitfold.export.exported import Exported, Progress, check_place
 from bitfold.export.layout import Choice, LayerEntry, Layout, WeightFormat
-from bitfold.export.reading import StoredModel, read_model
-from bitfold.numerics import QuantizedTensor, Scheme
+from bitfold.export.reading import read_model
+from bitfold.numerics import QuantizedTensor
 
 __all__ = ["import_checkpoint"]
 
-Progress = Callable[[int, int, str], None]
 _FORMAT = WeightFormat(native.NAME, "")
 
 
@@ -37,12 +35,7 @@ def import_checkpoint(
     written.
     """
     source, out = Path(source).expanduser(), Path(out).expanduser().absolute()
-    if out.exists() and not (overwrite and out.is_dir()):
-        raise OutputError(
-            f"{out} is there already: add --overwrite to replace it, or choose another -o."
-        )
-    if not out.parent.is_dir():
-        raise OutputError(f"There is no directory {out.parent}: make it, or choose another -o.")
+    check_place(out, "an imported checkpoint", directory=True, overwrite=overwrite)
     model = read_model(source)
     if not model.schemes:
         raise CheckpointError(
@@ -52,25 +45,23 @@ def import_checkpoint(
         raise CheckpointError(
             f"{source} quantizes more than weights and inputs: load it as it is, bitfold and transformers do."
         )
+    if bare := [name for name, scheme in model.schemes.items() if scheme.weight is None]:
+        raise CheckpointError(
+            f"{source} quantizes the input of {bare[0]} and not its weight: load it as it is, transformers does."
+        )
+
+    def pack(layer: str, weight: QuantizedTensor) -> dict[str, Tensor]:
+        beside = {f"{layer}.{part}": value for part, value in model.calibrated(layer).items()}
+        return native.to_tensors(layer, weight, _FORMAT) | beside
+
     config = model.config | native.extra_config(Layout({}), model.config)
-    config["quantization_config"] = _settings(model)
+    # Their inputs' widths are not said in this format.
+    linears = {name: LayerEntry(scheme, 0) for name, scheme in model.schemes.items()}
+    config["quantization_config"] = native.config(
+        Layout(linears), Choice(dict.fromkeys(linears, _FORMAT))
+    )
     with appearing(out) as partial:
         types = write_directory(
-            model, partial, _pack, config, progress or (lambda done, total, what: None)
+            model, partial, pack, config, progress or (lambda done, total, what: None)
         )
     return Exported(out, native.NAME, bytes_of(out), types, ())
-
-
-def _settings(model: StoredModel) -> dict[str, object]:
-    """The `quantization_config`: weights as they were found to be, which says more than the source's own."""
-    linears = {}
-    for layer, scheme in model.schemes.items():
-        weight = model.read(f"{layer}.weight")
-        found = weight.scheme if isinstance(weight, QuantizedTensor) else None
-        made = Scheme(weight=found, activation=scheme.activation)
-        linears[layer] = LayerEntry(made, weight.shape[1])
-    return native.config(Layout(linears), Choice(dict.fromkeys(linears, _FORMAT)))
-
-
-def _pack(layer: str, weight: QuantizedTensor) -> dict[str, Tensor]:
-    return native.to_tensors(layer, weight, _FORMAT)

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,7 +14,7 @@ from bitfold.errors import ExportError
 from bitfold.export import native
 from bitfold.export.artifact import companion_files, copy_companions
 from bitfold.export.directory import appearing, bytes_of
-from bitfold.export.exported import Exported
+from bitfold.export.exported import Exported, Progress, rounded_scales, unstored
 from bitfold.export.onnx_decoder import add_decoder
 from bitfold.export.onnx_genai import genai_config
 from bitfold.export.onnx_graph import DATA_FILE, Graph, onnx_package
@@ -27,7 +27,6 @@ from bitfold.version import VERSION
 
 __all__ = ["GRAPH_FILE", "export_onnx"]
 
-Progress = Callable[[int, int, str], None]
 GRAPH_FILE = "model.onnx"
 
 
@@ -77,16 +76,11 @@ def _started(data: BinaryIO, model: StoredModel, form: str) -> tuple[Graph, Line
 
 
 def _check(model: StoredModel) -> None:
-    path = model.checkpoint.path
-    if model.runs:
-        raise ExportError(
-            f"{path} has maps that run at inference ({model.runs[0]}), which ONNX is written without: quantize by a "
-            "method that folds all of them (`bitfold recipes` says which)."
-        )
+    model.refuse_running("ONNX")
     if model.quantizes_heads:
         raise ExportError(
-            f"{path} quantizes queries, keys or values, which ONNX is written without: quantize by a scheme that "
-            "leaves them alone (without q and kv in its notation), or use another --to."
+            f"{model.checkpoint.path} quantizes queries, keys or values, which ONNX is written without: "
+            "quantize by a scheme that leaves them alone (without q and kv in its notation), or use another --to."
         )
 
 
@@ -113,10 +107,7 @@ def _write(file: Path, content: dict[str, Any]) -> None:
 
 
 def _notes(model: StoredModel, linears: Linears, form: str) -> Iterator[str]:
-    if linears.unstored:
-        count = len(linears.unstored)
-        more = f", and {count - 1} others" if count > 1 else ""
-        yield f"{linears.unstored[0]}{more}: their values are written in floating point, and take 16 or 32 bits"
+    yield from unstored(linears.unstored, "16 or 32 bits")
     few = {s.weight.bits for s in model.schemes.values() if s.weight and s.weight.grid == "int"}
     if form == "fast" and min(few, default=4) < 4:
         yield (
@@ -125,10 +116,7 @@ def _notes(model: StoredModel, linears: Linears, form: str) -> Iterator[str]:
         )
     if isinstance(linears, TensorRtLinears):
         yield "layers that are not quantized, and what is between layers, are in half precision"
-        if linears.scale_error:
-            yield (
-                f"scales are rounded to half precision, by at most {linears.scale_error:.1e} of their size"
-            )
+        yield from rounded_scales(linears.scale_error)
     if not any(
         file.name.startswith("tokenizer") for file in companion_files(model.checkpoint.path)
     ):

@@ -197,6 +197,6 @@ def onnx_package() -> Any:
         import onnx
     except ImportError as error:
         raise MissingExtraError(
-            "ONNX files are written with the package onnx: pip install 'bitfold[onnx]'."
+            "ONNX files are written with the package onnx: pip install -c constraints.txt '.[onnx]'."
         ) from error
     return onnx

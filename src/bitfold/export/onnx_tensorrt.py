@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bitfold.errors import ExportError
+from bitfold.export.exported import half_scales
 from bitfold.export.onnx_graph import Graph, onnx_package
 from bitfold.export.onnx_linear import Linears
 from bitfold.export.reading import StoredModel
@@ -67,13 +68,11 @@ class TensorRtLinears(Linears):
 
     def _half(self, layer: str, scale: Tensor) -> Tensor:
         """Scales in half precision. Raises ExportError for those that are out of its range."""
-        exact = scale.float()
-        half = exact.half()
-        if not torch.isfinite(half).all() or (half == 0).any():
-            raise ExportError(f"A scale of {layer} is out of the range of half precision.")
-        self.scale_error = max(
-            self.scale_error, float(((half.float() - exact) / exact).abs().max())
-        )
+        try:
+            half, change = half_scales(scale)
+        except OverflowError as error:
+            raise ExportError(f"{layer} cannot be written for TensorRT: {error}.") from error
+        self.scale_error = max(self.scale_error, change)
         return half
 
 

@@ -1,7 +1,5 @@
 """Checkpoints in GPTQ's and AWQ's formats from an artifact: a directory that transformers, vLLM and others load."""
 
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +7,7 @@ from torch import Tensor
 
 from bitfold.errors import ExportError
 from bitfold.export.directory import appearing, bytes_of, write_directory
-from bitfold.export.exported import Exported
+from bitfold.export.exported import Exported, Progress, half_scales, rounded_scales
 from bitfold.export.gptq import to_awq, to_gptq, unsayable
 from bitfold.export.reading import StoredModel
 from bitfold.numerics import QuantizedTensor, TensorScheme
@@ -17,7 +15,6 @@ from bitfold.version import VERSION
 
 __all__ = ["export_awq", "export_gptq"]
 
-Progress = Callable[[int, int, str], None]
 _LEFT_OUT = "the scheme's {} are left out: the format has weights alone"
 
 
@@ -42,29 +39,21 @@ def _export(model: StoredModel, out: Path, progress: Progress, method: str) -> E
 
     def pack(layer: str, weight: QuantizedTensor) -> dict[str, Tensor]:
         nonlocal worst
-        tensors = _packed(layer, weight, method)
-        scale = weight.scale.float()
-        worst = max(worst, float(((scale.half().float() - scale).abs() / scale).max()))
+        tensors = _packed(layer, weight, method, scheme)
+        worst = max(worst, half_scales(weight.scale)[1])
         return tensors
 
     config = model.config | {"quantization_config": _settings(scheme, method)}
     config.pop("attn_implementation", None)
     with appearing(out) as partial:
         types = write_directory(model, partial, pack, config, progress)
-        for name in ("verification.npz", "recipe.yaml", "provenance.json"):
-            if (model.checkpoint.path / name).is_file():
-                shutil.copyfile(model.checkpoint.path / name, partial / name)
     return Exported(out, method, bytes_of(out), types, tuple(_notes(model, worst)))
 
 
 def _one_scheme(model: StoredModel, method: str) -> TensorScheme:
     """The scheme of all weights. Raises ExportError where there are several, or maps that run."""
     path = model.checkpoint.path
-    if model.runs:
-        raise ExportError(
-            f"{path} has maps that run at inference ({model.runs[0]}), which this format cannot say: quantize by a "
-            "method that folds all of them (`bitfold recipes` says which)."
-        )
+    model.refuse_running(method)
     schemes = {s.weight: name for name, s in model.schemes.items() if s.weight is not None}
     if not schemes:
         raise ExportError(
@@ -79,12 +68,14 @@ def _one_scheme(model: StoredModel, method: str) -> TensorScheme:
     return next(iter(schemes))
 
 
-def _packed(layer: str, weight: QuantizedTensor, method: str) -> dict[str, Tensor]:
+def _packed(
+    layer: str, weight: QuantizedTensor, method: str, scheme: TensorScheme
+) -> dict[str, Tensor]:
     if reason := unsayable(weight, method):
         raise ExportError(f"{layer} cannot be said in {method}: {reason}.")
     if method == "awq":
         return to_awq(layer, weight)
-    return to_gptq(layer, weight, less_one=weight.scheme.symmetric)
+    return to_gptq(layer, weight, less_one=scheme.symmetric)
 
 
 def _settings(scheme: TensorScheme, method: str) -> dict[str, Any]:
@@ -108,6 +99,4 @@ def _notes(model: StoredModel, worst: float) -> list[str]:
         notes.append(_LEFT_OUT.format("activations"))
     if model.quantizes_heads:
         notes.append(_LEFT_OUT.format("queries, keys and values"))
-    if worst:
-        notes.append(f"scales are rounded to half precision, by at most {worst:.1e} of their size")
-    return notes
+    return notes + rounded_scales(worst)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bitfold.errors import CheckpointError
+from bitfold.errors import CheckpointError, ExportError
 from bitfold.export import compressed_tensors, native
 from bitfold.export.compressed_tensors_reading import quantizes_heads, read_config
 from bitfold.export.gptq import read_packed
@@ -46,6 +46,14 @@ class StoredModel:
     def config(self) -> dict[str, Any]:
         """config.json."""
         return self.checkpoint.config
+
+    def refuse_running(self, where: str) -> None:
+        """Raises ExportError where maps run that an engine would not run."""
+        if self.runs:
+            raise ExportError(
+                f"{self.checkpoint.path} has maps that run at inference ({self.runs[0]}), and there are none in "
+                f"{where}: quantize by a method that folds all of them (`bitfold recipes` says which)."
+            )
 
     @property
     def names(self) -> Iterator[str]:

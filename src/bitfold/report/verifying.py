@@ -76,9 +76,9 @@ def _exported(
         raise USAGE_ERROR(
             f"This {what} runs in {its}, in this process: leave --engine and --engine-python out"
         )
-    if text is not None and against is None:
+    if (text is None) != (against is None):
         raise USAGE_ERROR(
-            f"--text compares this {what} with its artifact: give --against ARTIFACT too"
+            f"--text FILE and --against ARTIFACT compare this {what} with its artifact: give both, or neither"
         )
     verify = verify_gguf if gguf else verify_onnx
     with showing_steps() as say:
