@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from bitfold.cli import _progress, app
+from bitfold.cli import app
 from bitfold.errors import DataError
 from bitfold.report.measuring import named_files
+from bitfold.report.progress import showing_progress
 from bitfold.version import VERSION
 
 COMMANDS = (
@@ -53,7 +54,7 @@ def test_names_of_texts(tmp_path: Path) -> None:
 
 
 def test_a_log_gets_a_line_for_every_tenth(capsys: pytest.CaptureFixture[str]) -> None:
-    with _progress("quantizing") as progress:
+    with showing_progress("quantizing") as progress:
         for done in range(101):
             progress(done, 100, f"block [{done}]")
     out, err = capsys.readouterr()

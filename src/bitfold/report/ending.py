@@ -48,9 +48,9 @@ def ending(command: Callable[[], int | None]) -> NoReturn:
 
 
 def _say_interrupted() -> None:
-    terminal.console(stderr=True).print(
-        "Interrupted: a quantization goes on when the same command is run again."
-    )
+    resumes = sys.argv[1:2] == ["quantize"]
+    more = ": the same command goes on where it was." if resumes else "."
+    terminal.console(stderr=True).print(f"Interrupted{more}")
 
 
 def _out_of_memory(error: Exception) -> bool:
