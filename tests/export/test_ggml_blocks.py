@@ -1,5 +1,7 @@
 """Blocks against the dequantization of llama.cpp's own package."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -69,6 +71,27 @@ def test_llama_cpp_reads_the_same_values(
     assert np.array_equal(values, tensor.dequantize(torch.float32).numpy())
 
 
+@pytest.mark.parametrize("bits", [2, 3, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_scales_in_blocks(bits: int, dtype: torch.dtype) -> None:
+    """Groups of 16 of very different size, whose scales were rounded to what K types say."""
+    torch.manual_seed(bits)
+    values = torch.randn(6, 512) * torch.exp(torch.randn(6, 32)).repeat_interleave(16, dim=1)
+    scheme = TensorScheme(bits=bits, granularity="group", group_size=16, scales="blocks")
+    limits = to_groups(values, scheme).aminmax(dim=-1, keepdim=True)
+    tensor = QuantizedTensor.from_limits(values, *limits, scheme, dtype)
+    # What an artifact says of it, which has no word for this.
+    tensor = replace(tensor, scheme=scheme.model_copy(update={"scales": "storage"}))
+    found, there = engine_values(tensor)
+    assert found == f"Q{bits}_K"
+    assert np.array_equal(there, tensor.dequantize(torch.float32).numpy())
+    assert len(np.unique(tensor.scale.double().numpy())) > 20
+
+
+def test_groups_of_16_with_scales_of_their_own_have_no_block() -> None:
+    assert smallest(weight(3, 16, symmetric=True)) is None
+
+
 @pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)
 def test_every_type_holds_its_whole_range(kind) -> None:  # type: ignore[no-untyped-def]
     """All integers, and all zero-points, in all places of a block."""
@@ -78,7 +101,10 @@ def test_every_type_holds_its_whole_range(kind) -> None:  # type: ignore[no-unty
     zero = torch.randint(0, (kind.most_zero or 0) + 1, (len(units),))
     scale = torch.rand(len(units), 1).half()
     data = kind.pack(
-        units.to(torch.uint8).numpy(), zero.to(torch.uint8).numpy(), scale.view(torch.uint8).numpy()
+        units.to(torch.uint8).numpy(),
+        zero.to(torch.uint8).numpy(),
+        scale.view(torch.uint8).numpy(),
+        None,
     )
     values = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind.name])
     shift = zero[:, None] if kind.most_zero is not None else -kind.low

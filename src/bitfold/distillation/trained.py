@@ -19,9 +19,11 @@ class Trained:
     tensor's root mean square unless the tensor is `positive`: a scale, which stays so since |θ| ≤ 0.9.
     """
 
-    def __init__(self, start: Tensor, *, positive: bool) -> None:
-        """start: in the dtype of storage, floating point."""
-        self.start = start.clone()
+    def __init__(
+        self, start: Tensor, *, positive: bool, scheme: TensorScheme | None = None
+    ) -> None:
+        """start: in the dtype of storage, floating point. scheme: of the weight whose scales they are."""
+        self.start, self._scheme = start.clone(), scheme
         self._start = self.start.to(torch.promote_types(start.dtype, torch.float32))
         size = self._start.abs()
         least = 0.0 if positive else _LEAST_REACH * float(size.square().mean().sqrt())
@@ -30,7 +32,7 @@ class Trained:
 
     def value(self) -> Tensor:
         """What will be stored, float32 at least; differentiable in θ."""
-        return as_stored(self._start + self._reach * self.theta, self.start.dtype)
+        return as_stored(self._start + self._reach * self.theta, self.start.dtype, self._scheme)
 
     @torch.no_grad()
     def stored(self) -> Tensor:

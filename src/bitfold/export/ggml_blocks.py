@@ -2,8 +2,8 @@
 
 From the layouts of ggml's block types (ggml-common.h of llama.cpp; the tests hold them against the dequantization of
 its package `gguf`). In the small types a value is d · (q − offset); in those of 256 inputs d · s · q − e · m, with
-small integers s and m for each 16 or 32 inputs. Our groups have one scale, so every s is 1; a zero-point z is e = d and
-m = z.
+small integers s and m for each 16 or 32 inputs. A group of ours has one scale, so that every s is 1, and a zero-point z
+is e = d and m = z; but where the scheme has its scales in blocks (`numerics/stored_scale.py`), they are the s.
 """
 
 from collections.abc import Callable
@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from bitfold.export.exported import half_scales
 from bitfold.numerics import QuantizedTensor
+from bitfold.numerics.stored_scale import block_steps, could_be_in_blocks
 
 __all__ = ["TYPES", "BlockType", "Stored", "smallest", "store"]
 
@@ -28,7 +30,8 @@ class BlockType:
 
     inputs: of a block. size: its bytes. low, high: the integers that it holds, scale taken off. most_zero: where zero
     may lie above the lowest integer, at most; None where there is no place for it and zero is at −low.
-    pack: integers from 0, zero-points [blocks], and scales in half precision [blocks] → bytes [blocks, size].
+    pack: integers from 0, zero-points [blocks], scales in half precision [blocks], and the s of each 16 inputs
+    [blocks, 16], or None where all of them are 1 → bytes [blocks, size].
     """
 
     name: str
@@ -37,7 +40,7 @@ class BlockType:
     low: int
     high: int
     most_zero: int | None
-    pack: Callable[[Bytes, Bytes, Bytes], Bytes]
+    pack: Callable[[Bytes, Bytes, Bytes, Bytes | None], Bytes]
 
     @property
     def bits(self) -> float:
@@ -58,6 +61,8 @@ def smallest(tensor: QuantizedTensor) -> BlockType | None:
     """The type of fewest bytes that holds a weight's integers as they are; None where there is none."""
     if tensor.scheme.grid != "int" or tensor.kept is not None:
         return None
+    if _in_blocks(tensor) is not None:
+        return next(kind for kind in TYPES if kind.name == f"Q{tensor.scheme.bits}_K")
     share = tensor.shape[1] // tensor.scale.shape[1]  # inputs of a scale
     lowest, highest = _extent(tensor)
     zero = None if tensor.zero is None else tensor.zero.to(torch.int32) - _floor(tensor)
@@ -78,8 +83,8 @@ def store(tensor: QuantizedTensor, kind: BlockType) -> Stored:
     """A weight in blocks of a type that `smallest` found to hold it."""
     rows, columns = tensor.shape
     blocks = columns // kind.inputs
-    repeats = blocks // tensor.scale.shape[1]
-    scale = tensor.scale.float().expand(rows, -1)
+    scale, steps = _in_blocks(tensor) or (tensor.scale.float().expand(rows, -1), None)
+    repeats = blocks // scale.shape[1]
     half, change = half_scales(scale)
     units = tensor.codes.to(torch.int32)
     zero = torch.zeros_like(scale, dtype=torch.int32)
@@ -104,8 +109,17 @@ def store(tensor: QuantizedTensor, kind: BlockType) -> Stored:
         .contiguous()
         .view(torch.uint8)
         .numpy(),
+        None if steps is None else steps.reshape(-1, 16).to(torch.uint8).numpy(),
     )
     return Stored(kind, data.reshape(rows, blocks * kind.size), change)
+
+
+def _in_blocks(tensor: QuantizedTensor) -> tuple[Tensor, Tensor] | None:
+    """d [out, blocks] and s [out, blocks, 16], float32, where the scales are such; artifacts do not say so."""
+    if not could_be_in_blocks(tensor.scheme) or tensor.shape[1] % 256:
+        return None
+    found = block_steps(tensor.scale, tensor.scheme)
+    return None if found is None else (found[0].squeeze(-1).float(), found[1].float())
 
 
 def _floor(tensor: QuantizedTensor) -> int:
@@ -129,22 +143,26 @@ def _bytes(values: NDArray[Any]) -> Bytes:
     return values.astype(np.uint8, copy=False)
 
 
+def _ones(units: Bytes) -> Bytes:
+    return np.ones((len(units), 16), dtype=np.uint8)
+
+
 def _halves(units: Bytes) -> Bytes:
     """Two nibbles a byte: input j below, input j + n/2 above."""
     half = units.shape[-1] // 2
     return _bytes(units[..., :half] & 15 | (units[..., half:] & 15) << 4)
 
 
-def _q4_0(units: Bytes, zero: Bytes, half: Bytes) -> Bytes:
+def _q4_0(units: Bytes, zero: Bytes, half: Bytes, steps: Bytes | None) -> Bytes:
     return np.concatenate([half, _halves(units)], axis=1)
 
 
-def _q5_0(units: Bytes, zero: Bytes, half: Bytes) -> Bytes:
+def _q5_0(units: Bytes, zero: Bytes, half: Bytes, steps: Bytes | None) -> Bytes:
     fifth = np.packbits(units >> 4, axis=1, bitorder="little")
     return np.concatenate([half, fifth, _halves(units)], axis=1)
 
 
-def _q8_0(units: Bytes, zero: Bytes, half: Bytes) -> Bytes:
+def _q8_0(units: Bytes, zero: Bytes, half: Bytes, steps: Bytes | None) -> Bytes:
     return np.concatenate([half, units - np.uint8(128)], axis=1)
 
 
@@ -160,17 +178,25 @@ def _nibbles(units: Bytes) -> Bytes:
     return _halves(units.reshape(-1, 64)).reshape(-1, 128)
 
 
-def _q2_k(units: Bytes, zero: Bytes, half: Bytes) -> Bytes:
-    scales = np.repeat((1 | zero << 4)[:, None], 16, axis=1)
-    return np.concatenate([scales, _pairs(units), half, half], axis=1)
+def _q2_k(units: Bytes, zero: Bytes, half: Bytes, steps: Bytes | None) -> Bytes:
+    if steps is None:
+        scales = np.repeat((1 | zero << 4)[:, None], 16, axis=1)
+        return np.concatenate([scales, _pairs(units), half, half], axis=1)
+    # d · s · (q − 2) is d · s · q − e · m with m = s and e = 2d.
+    twice = (half.view(np.float16) * np.float16(2)).view(np.uint8)
+    return np.concatenate([steps | steps << 4, _pairs(units), half, twice], axis=1)
 
 
-def _q3_k(units: Bytes, zero: Bytes, half: Bytes) -> Bytes:
+def _q3_k(units: Bytes, zero: Bytes, half: Bytes, steps: Bytes | None) -> Bytes:
     third = (units >> 2 & 1).reshape(-1, 8, 32)
     shifts = np.arange(8, dtype=np.uint8)[:, None]
     high = np.bitwise_or.reduce(third << shifts, axis=1)
-    # Sixteen scales of 1, stored as 33 in six bits: first the lower four of them, then the upper two.
-    scales = np.tile(np.array([0x11] * 8 + [0xAA] * 4, dtype=np.uint8), (len(units), 1))
+    # Sixteen times s + 32 in six bits: first the lower four of them, then the upper two.
+    moved = _ones(units) + 32 if steps is None else steps + 32
+    lower = moved[:, :8] & 15 | (moved[:, 8:] & 15) << 4
+    turns = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
+    upper = np.bitwise_or.reduce((moved >> 4).reshape(-1, 4, 4) << turns, axis=1)
+    scales = _bytes(np.concatenate([lower, upper], axis=1))
     return np.concatenate([high, _pairs(units), scales, half], axis=1)
 
 
@@ -184,20 +210,20 @@ def _six_bits(zero: Bytes) -> Bytes:
     return np.concatenate([one, zero | zero >> 4 << 6, one | (zero & 15) << 4], axis=1)
 
 
-def _q4_k(units: Bytes, zero: Bytes, half: Bytes) -> Bytes:
+def _q4_k(units: Bytes, zero: Bytes, half: Bytes, steps: Bytes | None) -> Bytes:
     return np.concatenate([half, half, _six_bits(zero), _nibbles(units)], axis=1)
 
 
-def _q5_k(units: Bytes, zero: Bytes, half: Bytes) -> Bytes:
+def _q5_k(units: Bytes, zero: Bytes, half: Bytes, steps: Bytes | None) -> Bytes:
     fifth = (units >> 4 & 1).reshape(-1, 8, 32)
     shifts = np.arange(8, dtype=np.uint8)[:, None]
     high = np.bitwise_or.reduce(fifth << shifts, axis=1)
     return np.concatenate([half, half, _six_bits(zero), high, _nibbles(units)], axis=1)
 
 
-def _q6_k(units: Bytes, zero: Bytes, half: Bytes) -> Bytes:
+def _q6_k(units: Bytes, zero: Bytes, half: Bytes, steps: Bytes | None) -> Bytes:
     low = _halves(units.reshape(-1, 128)).reshape(-1, 128)
-    scales = np.ones((len(units), 16), dtype=np.uint8)
+    scales = _ones(units) if steps is None else steps
     return np.concatenate([low, _pairs(_bytes(units >> 4)), scales, half], axis=1)
 
 

@@ -22,6 +22,7 @@ from bitfold.numerics.fp4 import (
     round_to_fp4,
 )
 from bitfold.numerics.scheme import TensorScheme
+from bitfold.numerics.stored_scale import storable_scale
 
 __all__ = [
     "NF4_LEVELS",
@@ -34,7 +35,6 @@ __all__ = [
     "from_groups",
     "quantize",
     "scale_and_zero",
-    "storable_scale",
     "to_groups",
 ]
 
@@ -83,7 +83,8 @@ def scale_and_zero(
 
     The range is widened to contain 0. `scale_dtype` rounds the scale to the precision in which it will be
     stored, *before* the zero-point and the codes are made, so that nothing is lost in storage. The grids mxfp4 and
-    nvfp4 have a precision of their own; nvfp4's hangs together, so the limits have to be all of a tensor's.
+    nvfp4 have a precision of their own; nvfp4's hangs together, and those in blocks, so the limits have to be all of a
+    tensor's.
     The zero-point is None for symmetric grids, else integer values in floating point.
     """
     constant = (minimum == maximum) & (minimum != 0)
@@ -101,24 +102,14 @@ def scale_and_zero(
     else:
         scale = (maximum - minimum) / (scheme.qmax - scheme.qmin)
     # A constant group c is exact as c = ±1 · |c|, whatever the grid's own step would have been.
-    scale = torch.where(constant, value, scale)
-    scale = storable_scale(scale, scale_dtype)
+    # Not where scales hang together, which so large a one would coarsen.
+    if scheme.scales != "blocks":
+        scale = torch.where(constant, value, scale)
+    scale = storable_scale(scale, scale_dtype, scheme)
     if scheme.symmetric:
         return scale, None
     zero = (scheme.qmin - torch.round(minimum / scale)).clamp(scheme.qmin, scheme.qmax)
     return scale, torch.where(constant, torch.zeros_like(zero), zero)
-
-
-def storable_scale(scale: Tensor, scale_dtype: torch.dtype | None = None) -> Tensor:
-    """Scales ≥ 0 rounded to the dtype in which they will be stored, in their own dtype."""
-    # What does not fit in scale_dtype (or in its own) is clipped: an infinite scale would make NaNs of all values.
-    largest = min(torch.finfo(dtype).max for dtype in (scale.dtype, scale_dtype or scale.dtype))
-    rounded = scale.clamp(max=largest)
-    if scale_dtype is not None:
-        rounded = rounded.to(scale_dtype).to(scale.dtype)
-    # Zero (an all-zero group, or an underflow in scale_dtype) becomes the smallest scale there is.
-    smallest = 2.0**-24 if scale_dtype == torch.float16 else torch.finfo(torch.float32).tiny
-    return torch.where(rounded == 0, torch.full_like(rounded, smallest), rounded)
 
 
 def code_dtype(scheme: TensorScheme) -> torch.dtype:

@@ -35,6 +35,8 @@ class TensorScheme(BaseModel):
     The grids `mxfp4` and `nvfp4` have groups of 32 and 16. `codebook`: the size of a learned one, once it is known;
     `bits` are then those that were asked for. `clipped`: an activation's dynamic range is a share of its min-max, found
     on calibration text. `kept`: how many columns of a weight stand beside the codes in the dtype of the scales.
+    `scales`: the precision of a weight's, beside the dtype of the checkpoint in which they are stored: such as half
+    precision has too, or as llama.cpp's K types can say (`numerics/stored_scale.py`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,6 +52,7 @@ class TensorScheme(BaseModel):
     clipped: bool = False
     codebook: CodebookShape | None = None
     kept: int = Field(default=0, ge=0)
+    scales: Literal["storage", "half", "blocks"] = "storage"
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -81,6 +84,14 @@ class TensorScheme(BaseModel):
             )
         if self.granularity == "token" and self.static:
             raise ValueError("a scale per token is dynamic: set granularity=tensor for static=true")
+        if self.scales != "storage" and self.fp4:
+            raise ValueError(f"grid {self.grid} has scales of its own: leave out scales")
+        sizes = (self.grid, self.symmetric, self.bits in (2, 3, 6), self.group_size)
+        if self.scales == "blocks" and sizes != ("int", True, True, 16):
+            raise ValueError(
+                "scales=blocks belongs to symmetric integers of 2, 3 or 6 bits in groups of 16: set symmetric=true and "
+                "group_size=16, or scales=half"
+            )
         if self.codebook is not None and self.grid != "codebook":
             raise ValueError("codebook goes with grid=codebook, and only with it")
         return self
@@ -136,6 +147,9 @@ class TensorScheme(BaseModel):
         where = f"{self.clusters} clusters of channels" if self.clusters else where
         kept = f", {self.kept} columns kept" if self.kept else ""
         how = "static " if self.static else "clipped " if self.clipped else ""
+        kept += {"half": ", scales in half precision", "blocks": ", scales in blocks"}.get(
+            self.scales, ""
+        )
         return f"{grid} {sign}, {how}{where}{kept}"
 
 
@@ -217,6 +231,8 @@ class Scheme(BaseModel):
             part = getattr(self, name)
             if part is not None and part.kept:
                 raise ValueError(f"the {name} keeps no columns: only weights do")
+            if part is not None and part.scales != "storage":
+                raise ValueError(f"the {name} has no scales={part.scales}: only weights have")
         return self
 
     @classmethod

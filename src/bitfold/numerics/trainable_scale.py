@@ -15,14 +15,18 @@ from torch import Tensor
 
 from bitfold.numerics.quantize import from_groups, to_groups
 from bitfold.numerics.scheme import TensorScheme
+from bitfold.numerics.stored_scale import storable_scale
 from bitfold.numerics.tensor import QuantizedTensor
 
 __all__ = ["as_stored", "dequantize_trainable", "nearest_codes"]
 
 
-def as_stored(x: Tensor, storage: torch.dtype) -> Tensor:
-    """x rounded to the dtype in which it will be stored, in its own dtype; gradients pass straight through."""
-    rounded: Tensor = _AsStored.apply(x, storage)
+def as_stored(x: Tensor, storage: torch.dtype, scheme: TensorScheme | None = None) -> Tensor:
+    """x rounded to the dtype in which it will be stored, in its own dtype; gradients pass straight through.
+
+    scheme: of the weight whose scales [out, groups] x are, which may say more of their precision.
+    """
+    rounded: Tensor = _AsStored.apply(x, storage, scheme)
     return rounded
 
 
@@ -50,12 +54,14 @@ def nearest_codes(position: Tensor, scheme: TensorScheme) -> Tensor:
 
 class _AsStored(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, storage: torch.dtype) -> Tensor:
+    def forward(ctx: Any, x: Tensor, storage: torch.dtype, scheme: TensorScheme | None) -> Tensor:
+        if scheme is not None and scheme.scales != "storage":
+            return storable_scale(x, storage, scheme)
         return x.to(storage, copy=True).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return gradients[0], None
+        return gradients[0], None, None
 
 
 class _Dequantize(torch.autograd.Function):

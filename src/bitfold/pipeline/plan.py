@@ -154,6 +154,11 @@ def _check_layer(name: str, inputs: int, scheme: Scheme, recipe: Recipe) -> None
             "(activation.clusters), or give that layer its own scheme."
         )
     weight = scheme.weight
+    if weight is not None and weight.scales == "blocks" and inputs % 256:
+        raise RecipeError(
+            f"Scales in blocks are for 256 inputs, and {inputs} of {name} are no multiple: set weight.scales=half, or "
+            "give that layer its own scheme."
+        )
     if (
         weight is not None
         and weight.granularity == "tensor"

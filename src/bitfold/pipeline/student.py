@@ -63,7 +63,7 @@ class Student:
         for index in range(len(job.skeleton.blocks)):
             block = self._block(index)
             trained = {
-                f"{name}.weight": Trained(tensor.scale, positive=True)
+                f"{name}.weight": Trained(tensor.scale, positive=True, scheme=tensor.scheme)
                 for name, tensor in block.tensors.items()
                 if not tensor.scheme.fp4  # a scale of 8 bits has no near neighbours
             }

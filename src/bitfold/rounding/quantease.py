@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from bitfold.numerics import QuantizedTensor, dequantize, quantize
-from bitfold.numerics.quantize import storable_scale
+from bitfold.numerics.stored_scale import storable_scale
 from bitfold.rounding.gptq import Gptq, MomentRoot
 from bitfold.rounding.rounding import Layer
 
@@ -53,8 +53,10 @@ def refined(
 ) -> QuantizedTensor:
     """Codes and scales of a weight [out, in] after so many turns, each row's error in H = `moment` [in, in] never more
     than it was. blocks: the columns in the order in which they are decided, in parts."""
-    # One scale for all rows has no row's optimum, and those of fp4 grids are few: they stay.
+    # One scale for all rows has no row's optimum, those of fp4 grids are few, and those in blocks hang together: they
+    # stay.
     free = len(tensor.scale) == len(weight) and not tensor.scheme.fp4
+    free = free and tensor.scheme.scales != "blocks"
     for _ in range(rounds):
         turn = _with_scales(tensor, weight, moment, scale_dtype) if free else tensor
         turn = _with_codes(turn, weight, moment, blocks)
@@ -80,7 +82,7 @@ def _with_scales(
         slope = (units * (missing @ moment[:, columns])).sum(dim=1)
         moved = old + slope / curvature.clamp(min=torch.finfo(curvature.dtype).tiny)
         moved = torch.minimum(torch.maximum(moved, old / _FARTHEST), old * _FARTHEST)
-        moved = storable_scale(moved, scale_dtype)
+        moved = storable_scale(moved, scale_dtype, tensor.scheme)
         missing[:, columns] -= units * (moved - old)[:, None]
         scales[:, group] = moved
     return replace(tensor, scale=scales.to(tensor.scale.dtype))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bitfold.errors import RecipeError
 from bitfold.numerics import CodebookShape, QuantizedTensor, TensorScheme
-from bitfold.numerics.quantize import storable_scale
+from bitfold.numerics.stored_scale import storable_scale
 from bitfold.part import Need
 from bitfold.rounding.codebook_size import best_shape
 from bitfold.rounding.gptq import MomentRoot, moment_root
