@@ -109,3 +109,32 @@ def test_what_was_exported_comes_back(run: Run, artifact: Path, tmp_path: Path) 
     assert torch.equal(back.dequantize(), original.dequantize())
     assert run(f"inspect {tmp_path / 'back'}").code == 0
     assert "is there already" in run(f"import {tmp_path / 'awq'} -o {tmp_path / 'back'}").err
+
+
+def test_quantized_and_exported_in_one_go(run: Run, model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="the extra 'gguf' is not installed")
+    command = f"quantize {model} -o {tmp_path}/w4 --method rtn --to gguf,gptq"
+    made = run(f"{command} --json").json
+    assert [one["path"] for one in made["exports"]] == [
+        f"{tmp_path}/w4.gguf",
+        f"{tmp_path}/w4-gptq",
+    ]
+    assert all(Path(one["path"]).exists() for one in made["exports"])
+    assert made["scheme"] == "w4a16g32"
+    before = (tmp_path / "w4.gguf").read_bytes()
+    assert "is there already: add --overwrite" in run(command).err
+    assert run(f"{command} --overwrite").code == 0
+    assert (tmp_path / "w4.gguf").read_bytes() == before
+    assert "did you mean 'gguf'" in run(f"quantize {model} -o {tmp_path}/x --to ggufs").err
+    refused = run(f"quantize {model} -o {tmp_path}/x --method rtn --scheme w3a16 --for awq")
+    assert refused.code == 1
+    assert "would not fit awq" in refused.err
+    assert not (tmp_path / "x").exists()
+    asked = run(
+        f"quantize {model} -o {tmp_path}/x --method rtn --scheme w4a8 --for vllm,gguf --dry-run"
+    )
+    assert "set weight.symmetric=true" in asked.err
+    asked = run(
+        f"quantize {model} -o {tmp_path}/x --method rtn --scheme w3a16 --for vllm --dry-run"
+    )
+    assert "no kernel on CPUs" in asked.out

@@ -76,6 +76,8 @@ def candidates(
         for size in sorted(set(group_sizes), reverse=True) or _sizes(template.group_size, width):
             where = {"granularity": "group"} if size else {"granularity": template.granularity}
             changed = template.model_dump() | where | {"bits": width, "group_size": size}
+            if template.scales == "blocks" and (width, size) != (template.bits, 16):
+                changed["scales"] = "half"
             found.append(Candidate(TensorScheme.model_validate(changed)))
     return tuple(found)
 

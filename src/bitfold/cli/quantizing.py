@@ -8,11 +8,13 @@ import typer
 from bitfold.cli.options import Device, Dtype, Json, Model
 from bitfold.report import outcome, terminal
 from bitfold.report.ending import USAGE_ERROR
+from bitfold.report.exports import export_all, places
 from bitfold.report.mixed import mixed_options
 from bitfold.report.progress import showing_progress
 
 __all__ = ["quantize"]
 
+_ENGINES: Any = {"rich_help_panel": "Other engines"}
 _MIXED: Any = {"rich_help_panel": "Mixed precision"}
 
 
@@ -48,6 +50,23 @@ def quantize(
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
     sequence_length: Annotated[
         int | None, typer.Option(help="Tokens of a window; default: the model's, at most 2048.")
+    ] = None,
+    engines: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="NAME,…",
+            help="Say what would not fit: gguf, onnx, gptq, awq, vllm, transformers.",
+            **_ENGINES,
+        ),
+    ] = None,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            help="Export at once, to OUT.gguf or OUT-FORMAT: gguf,onnx,gptq,awq; implies --for.",
+            metavar="NAME,…",
+            **_ENGINES,
+        ),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything drawn; default 0.")] = None,
     device: Device = "auto",
@@ -107,17 +126,19 @@ def quantize(
             | {"set": set or ()}
             | {"ignore": ignore or (), "seed": seed, "calibration": calibration or ()}
             | {"device": device, "dtype": dtype, "mixed": mixed},
-            {"--bits": bits, "--fit": fit, "--latency": latency, "--out": out},
+            {"--bits": bits, "--fit": fit, "--latency": latency, "--out": out}
+            | {"--for": engines, "--to": to},
             json,
         )
         return
     if out is None:
         raise USAGE_ERROR("Missing option '-o' / '--out': see `bitfold quantize --help`")
-    target = out
+    exports = places(to, out, overwrite)
+    wanted = [name for text in (engines, to) if text for name in text.split(",")]
     with showing_progress("quantizing") as progress:
         result = run(
             model,
-            target,
+            out,
             method=method,
             effort=effort,
             scheme=scheme,
@@ -138,13 +159,19 @@ def quantize(
             fit=fit,
             latency=latency,
             mixed=mixed,
+            meant_for=list(dict.fromkeys(wanted)),
         )
+    made = [] if isinstance(result, Estimate) else export_all(out, exports, overwrite)
     if json:
-        terminal.print_json(result.to_json())
-    elif isinstance(result, Estimate):
-        outcome.print_estimate(result, target)
+        more = {"exports": [one.to_json() for one in made]} if to else {}
+        terminal.print_json(result.to_json() | more)
+        return
+    if isinstance(result, Estimate):
+        outcome.print_estimate(result, out)
     else:
         outcome.print_quantization(result)
+    for one in made:
+        outcome.print_exported(one)
 
 
 def _sensitivity(model: str, options: dict[str, Any], refused: dict[str, Any], json: bool) -> None:

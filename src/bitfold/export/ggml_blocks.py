@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bitfold.export.exported import half_scales
-from bitfold.numerics import QuantizedTensor
+from bitfold.numerics import QuantizedTensor, TensorScheme
 from bitfold.numerics.stored_scale import block_steps, could_be_in_blocks
 
-__all__ = ["TYPES", "BlockType", "Stored", "smallest", "store"]
+__all__ = ["TYPES", "BlockType", "Stored", "expected", "smallest", "store"]
 
 Bytes = NDArray[np.uint8]
 
@@ -59,24 +59,46 @@ class Stored:
 
 def smallest(tensor: QuantizedTensor) -> BlockType | None:
     """The type of fewest bytes that holds a weight's integers as they are; None where there is none."""
-    if tensor.scheme.grid != "int" or tensor.kept is not None:
+    scheme = tensor.scheme
+    if scheme.grid != "int" or tensor.kept is not None:
         return None
     if _in_blocks(tensor) is not None:
-        return next(kind for kind in TYPES if kind.name == f"Q{tensor.scheme.bits}_K")
-    share = tensor.shape[1] // tensor.scale.shape[1]  # inputs of a scale
-    lowest, highest = _extent(tensor)
-    zero = None if tensor.zero is None else tensor.zero.to(torch.int32) - _floor(tensor)
+        return _of_bits(scheme.bits)
+    share = tensor.shape[1] // tensor.scale.shape[1]
+    zero = None if tensor.zero is None else int(tensor.zero.max()) - _floor(scheme)
+    return _smallest(share, scheme.bits, *_extent(tensor), zero)
+
+
+def expected(scheme: TensorScheme, columns: int) -> BlockType | None:
+    """The type that holds any weight of a scheme with so many inputs; None where there is none."""
+    if scheme.grid != "int" or scheme.kept:
+        return None
+    if scheme.scales == "blocks":
+        return _of_bits(scheme.bits)
+    share = scheme.group_size or columns
+    span = scheme.qmax - scheme.qmin
+    extent = (scheme.qmin, scheme.qmax) if scheme.symmetric else (-span, span)
+    return _smallest(share, scheme.bits, *extent, None if scheme.symmetric else span)
+
+
+def _smallest(
+    share: int, bits: int, lowest: int, highest: int, zero: int | None
+) -> BlockType | None:
+    """share: inputs of a scale. lowest, highest: integers, zero-points taken off. zero: the highest zero-point above
+    the lowest integer, None if all are in the middle."""
     for kind in TYPES:
         if share % kind.inputs:
             continue
         if kind.most_zero is None:
             if kind.low <= lowest and highest <= kind.high:
                 return kind
-            continue
-        wide = tensor.scheme.bits <= (kind.high - kind.low).bit_length()
-        if wide and (zero is None or int(zero.max()) <= kind.most_zero):
+        elif bits <= (kind.high - kind.low).bit_length() and (zero or 0) <= kind.most_zero:
             return kind
     return None
+
+
+def _of_bits(bits: int) -> BlockType:
+    return next(kind for kind in TYPES if kind.name == f"Q{bits}_K")
 
 
 def store(tensor: QuantizedTensor, kind: BlockType) -> Stored:
@@ -94,11 +116,11 @@ def store(tensor: QuantizedTensor, kind: BlockType) -> Stored:
             units = units - per_weight.repeat_interleave(columns // scale.shape[1], dim=1)
         units = units - kind.low
     else:
-        units = units - _floor(tensor)
+        units = units - _floor(tensor.scheme)
         zero = (
-            zero - _floor(tensor)
+            zero - _floor(tensor.scheme)
             if tensor.zero is None
-            else tensor.zero.to(torch.int32) - _floor(tensor)
+            else tensor.zero.to(torch.int32) - _floor(tensor.scheme)
         )
         zero = zero.expand(rows, -1)
     data = kind.pack(
@@ -122,9 +144,9 @@ def _in_blocks(tensor: QuantizedTensor) -> tuple[Tensor, Tensor] | None:
     return None if found is None else (found[0].squeeze(-1).float(), found[1].float())
 
 
-def _floor(tensor: QuantizedTensor) -> int:
+def _floor(scheme: TensorScheme) -> int:
     """The least code of the grid."""
-    return -(1 << (tensor.scheme.bits - 1))
+    return -(1 << (scheme.bits - 1))
 
 
 def _extent(tensor: QuantizedTensor) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from bitfold.errors import ExportError
 from bitfold.export.gguf_model import gguf_package
 from bitfold.models.headers import read_json
 
-__all__ = ["add_tokenizer"]
+__all__ = ["add_tokenizer", "check_tokenizer"]
 
 # The regular expressions of `Split` before byte-level BPE, by llama.cpp's name for them (llama-vocab.cpp).
 _WORD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -28,13 +28,9 @@ def add_tokenizer(writer: Any, directory: Path, vocabulary: int) -> None:
     Raises ExportError for a tokenizer that bitfold cannot say there.
     """
     gguf = gguf_package()
+    name = check_tokenizer(directory)
     file = directory / "tokenizer.json"
-    if not file.is_file():
-        raise ExportError(
-            f"{directory} has no tokenizer.json, which a GGUF file needs: copy the original model's into it."
-        )
     content = read_json(file)
-    name = _name_of(content, file)
     tokens: dict[str, int] = dict(content["model"]["vocab"])
     types = dict.fromkeys(tokens.values(), gguf.TokenType.NORMAL)
     for added in content.get("added_tokens", ()):
@@ -54,6 +50,16 @@ def add_tokenizer(writer: Any, directory: Path, vocabulary: int) -> None:
     special = gguf.SpecialVocab(directory, load_merges=True, n_vocab=vocabulary)
     special.add_special_token |= _added_around(file, special.special_token_ids)
     special.add_to_gguf(writer, quiet=True)
+
+
+def check_tokenizer(directory: Path) -> str:
+    """What llama.cpp calls the tokenizer of a checkpoint. Raises ExportError for one that it has not."""
+    file = directory / "tokenizer.json"
+    if not file.is_file():
+        raise ExportError(
+            f"{directory} has no tokenizer.json, which a GGUF file needs: copy the original model's into it."
+        )
+    return _name_of(read_json(file), file)
 
 
 def _name_of(content: dict[str, Any], file: Path) -> str:

@@ -17,27 +17,41 @@ from bitfold.errors import CheckpointError
 from bitfold.export.exported import half_scales
 from bitfold.numerics import QuantizedTensor, TensorScheme, pack, unpack
 
-__all__ = ["from_awq", "from_gptq", "read_packed", "to_awq", "to_gptq", "unsayable"]
+__all__ = [
+    "from_awq",
+    "from_gptq",
+    "read_packed",
+    "to_awq",
+    "to_gptq",
+    "unsayable",
+    "unsayable_scheme",
+]
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def unsayable(tensor: QuantizedTensor, method: str) -> str | None:
     """Why `gptq` or `awq` cannot hold a weight as it is; None where it can."""
-    scheme = tensor.scheme
-    known = (4,) if method == "awq" else (2, 3, 4, 8)
-    if scheme.grid != "int" or scheme.bits not in known or tensor.kept is not None:
-        bits = " or ".join(map(str, known))
-        return f"it has integers of {bits} bits, not {scheme.grid} of {scheme.bits}"
-    if scheme.granularity == "tensor":
-        return "it has a scale for each channel or group, not one for the tensor"
-    rows, columns = tensor.shape
-    if rows % 32 or columns % 32:
-        return f"it packs both sides in words, and {rows} by {columns} does not fill them"
+    if reason := unsayable_scheme(tensor.scheme, tuple(tensor.shape), method):
+        return reason
     try:
         half_scales(tensor.scale)
     except OverflowError as error:
         return str(error)
+    return None
+
+
+def unsayable_scheme(scheme: TensorScheme, shape: tuple[int, ...], method: str) -> str | None:
+    """The same of any weight [out, in] of a scheme."""
+    known = (4,) if method == "awq" else (2, 3, 4, 8)
+    if scheme.grid != "int" or scheme.bits not in known or scheme.kept:
+        bits = " or ".join(map(str, known))
+        return f"it has integers of {bits} bits, not {scheme.grid} of {scheme.bits}"
+    if scheme.granularity == "tensor":
+        return "it has a scale for each channel or group, not one for the tensor"
+    rows, columns = shape
+    if rows % 32 or columns % 32:
+        return f"it packs both sides in words, and {rows} by {columns} does not fill them"
     return None
 
 

@@ -33,6 +33,7 @@ class Estimate:
     blocks: int
     quantized_layers: int
     format: str
+    notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -66,6 +67,7 @@ def estimate(job: Job, start: float) -> Estimate:
         blocks=blocks,
         quantized_layers=len(job.plan.layout.linears),
         format=str(job.plan.format.config(job.plan.layout, job.plan.choice)["quant_method"]),
+        notes=job.notes,
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from bitfold.allocation import Budget, Mixed
 from bitfold.errors import BitfoldError, OutputError, RecipeError
 from bitfold.export.artifact import shard_name, tensor_sums
+from bitfold.export.fitting import check_engines, usual_scheme
 from bitfold.models.checkpoint import tensor_bytes
 from bitfold.pipeline.allocate import allocate
 from bitfold.pipeline.asked import resolve_recipe, several
@@ -21,6 +22,7 @@ from bitfold.pipeline.block import QuantizedBlock
 from bitfold.pipeline.disk import check_disk
 from bitfold.pipeline.distill import learn, put_in
 from bitfold.pipeline.estimate import Estimate, estimate
+from bitfold.pipeline.fitted import fitted, recipe_for
 from bitfold.pipeline.job import Job, prepare
 from bitfold.pipeline.outer import outer_tensors, outer_weights
 from bitfold.pipeline.probe import Probe, probe_report
@@ -64,6 +66,7 @@ def quantize(
     fit: str | int | None = None,
     latency: float | None = None,
     mixed: Mixed | None = None,
+    meant_for: str | Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Quantization | Estimate:
     """Quantize a checkpoint into the directory `out`.
@@ -78,12 +81,21 @@ def quantize(
     whole artifact (`3.5GB`), seconds by a table; they replace those of the scheme's weights. mixed: how
     they are looked for.
 
+    meant_for: engines and formats that the result will be taken to (`export.fitting.ENGINES`): what does not fit them
+    is said before anything is computed, scales are in the precision that they store, and without a scheme it is
+    the one that suits them.
+
     >>> bitfold.quantize("llama-3.2-1b", "llama-w4", method="awq", scheme="w4a16g128")  # doctest: +SKIP
 
     Raises a BitfoldError, one clear sentence, for anything wrong with input, recipe or machine.
     """
     start = time.perf_counter()
-    recipe = resolve_recipe(recipe, method, scheme, set, ignore, seed, effort)
+    engines = several(meant_for)
+    check_engines(engines)
+    usual = usual_scheme(engines)
+    if usual is not None and scheme is None and recipe is None:
+        scheme, set = usual[0], (*usual[1], *several(set))
+    recipe = recipe_for(resolve_recipe(recipe, method, scheme, set, ignore, seed, effort), engines)
     budget = Budget.make(bits, fit, latency)
     if budget is None and mixed is not None:
         raise RecipeError("Bits are looked for within a budget: give --bits, --fit or --latency.")
@@ -102,8 +114,14 @@ def quantize(
         dtype=dtype,
         report=report,
     )
+    job = fitted(job, engines)
     if budget is not None:
+        if uniform := sorted({"gptq", "awq"}.intersection(engines)):
+            raise RecipeError(
+                f"{uniform[0]} has one scheme for all layers: leave the budget out, or {uniform[0]}."
+            )
         job = allocate(job, budget, mixed or Mixed(), files, keep=not dry_run, report=report)
+        job = fitted(job, engines)
     finished = finished_request(out)
     if finished not in (None, job.request) and not overwrite:
         raise OutputError(

@@ -31,6 +31,8 @@ def print_estimate(result: Any, out: Path) -> None:
         f"  disk    {human(result.size_bytes)} for the artifact, {human(result.disk_bytes)} while it grows\n"
         "Nothing was written."
     )
+    for note in result.notes:
+        terminal.console().print(f"[yellow]note:[/] {escape(note)}")
 
 
 def print_quantization(result: Any) -> None:
