@@ -138,7 +138,7 @@ def _add_probe(writer: Any, directory: Path) -> None:
     """The simulation's logits travel with the file, as the bytes of the artifact's own."""
     file = directory / "verification.npz"
     if file.is_file():
-        writer.add_array("bitfold.verification", list(file.read_bytes()))
+        writer.add_array("bitfold.verification", file.read_bytes())
 
 
 def _part(model: StoredModel, name: str, place: str, dialect: Dialect, config: Any) -> _Part:
