@@ -17,9 +17,10 @@ from bitfold.pipeline.probe import Probe
 __all__ = ["verify_gguf"]
 
 # Of the logits' standard deviation, root mean square. llama.cpp rounds what a weight in few bits is multiplied with to
-# 8 bits, in blocks of 32 or 256. On tiny-llama that was 0.003 at w8a16, 0.008 at w4a16g128 and 0.022 at w2a16; rows of
-# queries and keys in our order instead of llama.cpp's made it 0.4, zero-points that are one too high 1.5.
-TOLERANCE = 0.15
+# 8 bits, in blocks of 32 or 256. On tiny-llama (with outliers in brackets) that was 0.003 (0.001) at w8a16, 0.008
+# (0.023) at w4a16g128 and 0.022 (0.17) at w2a16, by rtn; rows of queries and keys in our order instead of llama.cpp's
+# made it 0.39 to 0.58, zero-points that are one too high 1.5 to 2.6.
+TOLERANCE = 0.25
 
 
 def verify_gguf(
