@@ -25,12 +25,12 @@ from bitfold.export.gguf_model import (
     gguf_package,
     row_order,
     settings,
+    with_rows,
     without_offset,
 )
 from bitfold.export.gguf_tokenizer import add_tokenizer
 from bitfold.export.reading import StoredModel
 from bitfold.models.config import read_config
-from bitfold.numerics import QuantizedTensor
 
 __all__ = ["export_gguf"]
 
@@ -148,7 +148,7 @@ def _part(model: StoredModel, name: str, place: str, dialect: Dialect, config: A
         value = value if order is None else value[order]
         return _plain(place, without_offset(name, value, dialect))
     if order is not None:
-        value = _reordered(value, order)
+        value = with_rows(value, order)
     kind = smallest(value)
     if kind is None:
         dtype = value.scale.dtype if value.scale.dtype in _PLAIN else torch.bfloat16
@@ -169,17 +169,6 @@ def _plain(place: str, value: Tensor) -> _Part:
     value = value.float() if value.ndim == 1 or value.dtype not in _PLAIN else value
     data = value.contiguous().view(torch.uint8).numpy()
     return _Part(place, _PLAIN[value.dtype], data, value.numel())
-
-
-def _reordered(value: QuantizedTensor, order: Tensor) -> QuantizedTensor:
-    """The same rows in another order."""
-    value = replace(value, codes=value.codes[order])
-    if value.kept is not None:
-        value = replace(value, kept=value.kept[order])
-    if value.scale.shape[0] > 1:
-        zero = None if value.zero is None else value.zero[order]
-        value = replace(value, scale=value.scale[order], zero=zero)
-    return value
 
 
 def _most(types: Counter[str]) -> str:

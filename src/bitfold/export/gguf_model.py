@@ -1,7 +1,8 @@
 """A model in llama.cpp's words: its architecture, the settings it reads, the names and the order of its weights."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,14 +11,19 @@ from transformers import PretrainedConfig
 
 from bitfold.errors import ExportError, MissingExtraError
 from bitfold.models.family import head_counts
+from bitfold.numerics import QuantizedTensor
 
 __all__ = [
     "DIALECTS",
+    "GEMMA3_PATTERN",
+    "ROPE_FACTORS",
     "Dialect",
     "dialect_of",
     "gguf_package",
+    "llama3_factors",
     "row_order",
     "settings",
+    "with_rows",
     "without_offset",
 ]
 
@@ -40,8 +46,10 @@ DIALECTS: Mapping[str, Dialect] = {
     "gemma": Dialect("gemma", norm_offset=1.0),
     "gemma3_text": Dialect("gemma3", norm_offset=1.0),
 }
-# Gemma 3: every so many layers one sees all tokens, the others a window.
-_GEMMA3_PATTERN = 6
+GEMMA3_PATTERN = 6
+"""Of Gemma 3's layers every so many one sees all tokens, the others a window."""
+ROPE_FACTORS = "rope_freqs.weight"
+"""llama.cpp's tensor of what each pair's angle is divided by, [head_dim / 2] float32: Llama 3's rotary embedding."""
 
 
 def dialect_of(model_type: str) -> Dialect:
@@ -111,12 +119,26 @@ def _rope(parameters: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
+def llama3_factors(parameters: Mapping[str, Any], head_dim: int) -> Tensor:
+    """By what Llama 3 divides the angle of each pair, [head_dim / 2] float32: 1 for waves that are short against the
+    original context, `factor` for long ones, between them a mean of both frequencies.
+
+    From the definition of rope_type llama3 (transformers' documentation of rope_parameters), in float64.
+    """
+    base, factor = float(parameters["rope_theta"]), float(parameters["factor"])
+    low, high = float(parameters["low_freq_factor"]), float(parameters["high_freq_factor"])
+    frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    waves = parameters["original_max_position_embeddings"] * frequency / (2 * math.pi)
+    short = ((waves - low) / (high - low)).clamp(0, 1)
+    return (1 / ((1 - short) / factor + short)).float()
+
+
 def _gemma3(config: Any, head_dim: int) -> dict[str, Any]:
     """Layers with a window and without take turns, with a rotary embedding each."""
-    pattern = [(i + 1) % _GEMMA3_PATTERN != 0 for i in range(config.num_hidden_layers)]
+    pattern = [(i + 1) % GEMMA3_PATTERN != 0 for i in range(config.num_hidden_layers)]
     if [kind == "sliding_attention" for kind in config.layer_types] != pattern:
         raise ExportError(
-            f"llama.cpp lets every {_GEMMA3_PATTERN}th layer of a Gemma 3 see all tokens, this model's config.json "
+            f"llama.cpp lets every {GEMMA3_PATTERN}th layer of a Gemma 3 see all tokens, this model's config.json "
             "does not: it cannot run there."
         )
     if config.query_pre_attn_scalar != head_dim:
@@ -140,6 +162,22 @@ def row_order(name: str, dialect: Dialect, config: PretrainedConfig) -> Tensor |
     if not dialect.interleaved or count is None:
         return None
     return torch.arange(count * head_dim).reshape(count, 2, -1).transpose(1, 2).flatten()
+
+
+def with_rows(value: QuantizedTensor, order: Tensor) -> QuantizedTensor:
+    """The rows of a weight in another order."""
+    parts: dict[str, Tensor | None] = {"codes": value.codes, "kept": value.kept}
+    if value.scale.shape[0] > 1:
+        parts |= {"scale": value.scale, "zero": value.zero, "shift": value.shift}
+    there = {name: part for name, part in parts.items() if part is not None}
+    # Bytes are moved: of the scales of mxfp4 rows cannot be picked.
+    moved: dict[str, Any] = {
+        name: part.view(torch.uint8)[order].view(part.dtype)
+        if part.element_size() == 1
+        else part[order]
+        for name, part in there.items()
+    }
+    return replace(value, **moved)
 
 
 def without_offset(name: str, value: Tensor, dialect: Dialect) -> Tensor:

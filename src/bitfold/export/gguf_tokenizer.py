@@ -10,15 +10,17 @@ from bitfold.errors import ExportError
 from bitfold.export.gguf_model import gguf_package
 from bitfold.models.headers import read_json
 
-__all__ = ["add_tokenizer"]
+__all__ = ["PATTERNS", "SPACE", "add_tokenizer"]
 
-# The regular expressions of `Split` before byte-level BPE, by llama.cpp's name for them (llama-vocab.cpp).
+SPACE = "\u2581"
+"""What stands for a space in SentencePiece's pieces: ▁."""
 _WORD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_PATTERNS = {
+PATTERNS = {
     _WORD + r"\p{N}{1,3}" + _REST: "llama-bpe",
     _WORD + r"\p{N}" + _REST: "qwen2",
 }
+"""The regular expressions of `Split` before byte-level BPE, and llama.cpp's names for them (llama-vocab.cpp)."""
 
 
 def add_tokenizer(writer: Any, directory: Path, vocabulary: int) -> None:
@@ -64,10 +66,13 @@ def _name_of(content: dict[str, Any], file: Path) -> str:
     if model["type"] == "BPE" and not model.get("byte_fallback"):
         if kinds == ["ByteLevel"] and steps[0]["use_regex"] and not steps[0]["add_prefix_space"]:
             return "gpt-2"
+        one_by_one = kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"]
+        if one_by_one and steps[1]["use_regex"] and not steps[1]["add_prefix_space"]:
+            return "smollm"
         if kinds == ["Split", "ByteLevel"] and not steps[1]["use_regex"]:
             pattern = steps[0]["pattern"].get("Regex")
-            if pattern in _PATTERNS:
-                return _PATTERNS[pattern]
+            if pattern in PATTERNS:
+                return PATTERNS[pattern]
     raise ExportError(
         f"{file} cuts text in a way that bitfold cannot name for llama.cpp ({model['type']} after "
         f"{json.dumps(kinds)}): byte-level BPE as in GPT-2, Llama 3 and Qwen2 can be."

@@ -1,4 +1,4 @@
-"""A quantized checkpoint of others as one that bitfold runs: `bitfold.import_checkpoint`."""
+"""A quantized checkpoint of others, or a GGUF file, as one that bitfold runs: `bitfold.import_checkpoint`."""
 
 from pathlib import Path
 
@@ -8,6 +8,7 @@ from bitfold.errors import CheckpointError
 from bitfold.export import native
 from bitfold.export.directory import appearing, bytes_of, write_directory
 from bitfold.export.exported import Exported, Progress, check_place
+from bitfold.export.gguf_importing import import_gguf
 from bitfold.export.layout import Choice, LayerEntry, Layout, WeightFormat
 from bitfold.export.reading import read_model
 from bitfold.numerics import QuantizedTensor
@@ -27,6 +28,7 @@ def import_checkpoint(
     """Write a checkpoint in the format of GPTQ, AWQ or compressed-tensors in bitfold's own: the same integers, scales
     and zero-points, to be loaded after `import bitfold`, evaluated, and exported to other formats.
 
+    source: its directory, or a GGUF file, which brings its own config and tokenizer (`gguf_importing`).
     out: a directory, which appears whole or not at all.
 
     >>> bitfold.import_checkpoint("llama-gptq", "llama-w4")  # doctest: +SKIP
@@ -36,6 +38,9 @@ def import_checkpoint(
     """
     source, out = Path(source).expanduser(), Path(out).expanduser().absolute()
     check_place(out, "an imported checkpoint", directory=True, overwrite=overwrite)
+    progress = progress or (lambda done, total, what: None)
+    if source.is_file():
+        return import_gguf(source, out, progress)
     model = read_model(source)
     if not model.schemes:
         raise CheckpointError(
@@ -61,7 +66,5 @@ def import_checkpoint(
         Layout(linears), Choice(dict.fromkeys(linears, _FORMAT))
     )
     with appearing(out) as partial:
-        types = write_directory(
-            model, partial, pack, config, progress or (lambda done, total, what: None)
-        )
+        types = write_directory(model, partial, pack, config, progress)
     return Exported(out, native.NAME, bytes_of(out), types, ())

@@ -20,7 +20,7 @@ __all__ = ["StoredModel", "read_model"]
 # Behind a layer's name: what belongs to its quantized weight, or to how its input is quantized.
 _PARTS = (
     *("weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "weight_global_scale"),
-    *("weight_codebook", "weight_kept", "weight_columns"),
+    *("weight_codebook", "weight_kept", "weight_columns", "weight_shift"),
     *("input_scale", "input_zero_point", "input_global_scale", "input_share", "input_clusters"),
     *("qweight", "qzeros", "scales", "g_idx"),
 )
