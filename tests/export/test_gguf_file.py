@@ -61,7 +61,13 @@ def test_an_artifact_is_itself(artifact: Path, file: Path) -> None:
 
 @pytest.mark.parametrize(
     ("scheme", "kind"),
-    [("w4a16", "Q4_K"), ("w3a16g128", "Q4_0"), ("w2a16", "Q2_K"), ("w6a16g64", "Q8_0")],
+    [
+        ("w4a16", "Q4_K"),
+        ("w3a16g128", "Q4_0"),
+        ("w2a16", "Q2_K"),
+        ("w6a16g64", "Q8_0"),
+        ("wmxfp4a16", "MXFP4"),
+    ],
 )
 def test_other_bits_are_themselves(tmp_path: Path, scheme: str, kind: str) -> None:
     bitfold.quantize(DEMO, tmp_path / "artifact", method="rtn", scheme=scheme)

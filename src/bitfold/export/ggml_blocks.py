@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from bitfold.export.exported import half_scales
 from bitfold.numerics import QuantizedTensor
 
-__all__ = ["TYPES", "BlockType", "Stored", "smallest", "store"]
+__all__ = ["MXFP4", "TYPES", "BlockType", "Stored", "smallest", "store"]
 
 Bytes = NDArray[np.uint8]
 
@@ -55,7 +55,9 @@ class Stored:
 
 
 def smallest(tensor: QuantizedTensor) -> BlockType | None:
-    """The type of fewest bytes that holds a weight's integers as they are; None where there is none."""
+    """The type of fewest bytes that holds a weight's integers as they are; None where there is none. mxfp4 is one."""
+    if tensor.scheme.grid == "mxfp4" and tensor.kept is None:
+        return MXFP4
     if tensor.scheme.grid != "int" or tensor.kept is not None:
         return None
     share = tensor.shape[1] // tensor.scale.shape[1]  # inputs of a scale
@@ -78,6 +80,11 @@ def store(tensor: QuantizedTensor, kind: BlockType) -> Stored:
     """A weight in blocks of a type that `smallest` found to hold it."""
     rows, columns = tensor.shape
     blocks = columns // kind.inputs
+    if kind is MXFP4:
+        exponents = tensor.scale.view(torch.uint8).reshape(-1, 1).numpy()
+        codes = tensor.codes.reshape(-1, kind.inputs).numpy()
+        data = kind.pack(codes, exponents, exponents)
+        return Stored(kind, data.reshape(rows, blocks * kind.size), 0.0)
     repeats = blocks // tensor.scale.shape[1]
     scale = tensor.scale.float().expand(rows, -1)
     half, change = half_scales(scale)
@@ -200,6 +207,14 @@ def _q6_k(units: Bytes, zero: Bytes, half: Bytes) -> Bytes:
     scales = np.ones((len(units), 16), dtype=np.uint8)
     return np.concatenate([low, _pairs(_bytes(units >> 4)), scales, half], axis=1)
 
+
+def _mxfp4(units: Bytes, zero: Bytes, exponents: Bytes) -> Bytes:
+    """ggml's levels are twice E2M1's, and its scale half of 2^(e − 127): the same exponent e."""
+    return np.concatenate([exponents, _halves(units)], axis=1)
+
+
+MXFP4 = BlockType("MXFP4", 32, 17, 0, 15, None, _mxfp4)
+"""The grid of the same name, codes and exponents as they are."""
 
 # From the smallest; of the same size the one that is quicker first.
 TYPES = (

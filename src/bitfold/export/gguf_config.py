@@ -137,7 +137,8 @@ def _rope(file: GgufFile, head_dim: int) -> dict[str, Any]:
 
 
 def _yarn(file: GgufFile) -> dict[str, Any]:
-    """YaRN: llama.cpp multiplies queries and keys by 1 + 0.1 ln(factor), as transformers does if not told otherwise."""
+    """YaRN: llama.cpp multiplies queries and keys by 1 + 0.1 ln(factor), as transformers does if not told otherwise,
+    and has beta_fast = 32, beta_slow = 1 whatever the file says."""
     factor = _rounded(file.setting("rope.scaling.factor"))
     result: dict[str, Any] = {
         "rope_type": "yarn",
@@ -146,9 +147,6 @@ def _yarn(file: GgufFile) -> dict[str, Any]:
             file.setting("rope.scaling.original_context_length")
         ),
     }
-    for key, name in (("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow")):
-        if (found := file.setting(f"rope.scaling.{key}", False)) is not False:
-            result[name] = _rounded(found)
     attention = float(file.setting("rope.scaling.attn_factor", 1.0))
     if attention != 1:
         result["attention_factor"] = attention * (1 + 0.1 * math.log(factor))

@@ -20,9 +20,12 @@ from bitfold.export.artifact import tensor_sum
 from bitfold.export.exported import Exported, Progress, rounded_scales, unstored
 from bitfold.export.ggml_blocks import smallest, store
 from bitfold.export.gguf_model import (
+    ROPE_FACTORS,
     Dialect,
     dialect_of,
     gguf_package,
+    has_factors,
+    llama3_factors,
     row_order,
     settings,
     with_rows,
@@ -31,6 +34,7 @@ from bitfold.export.gguf_model import (
 from bitfold.export.gguf_tokenizer import add_tokenizer
 from bitfold.export.reading import StoredModel
 from bitfold.models.config import read_config
+from bitfold.models.family import head_counts
 
 __all__ = ["export_gguf"]
 
@@ -38,7 +42,7 @@ _PLAIN = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 # llama.cpp's name for what most of a file is in, by its number (`enum llama_ftype`).
 _FILE_TYPES = {
     **{"F32": 0, "F16": 1, "BF16": 32, "Q4_0": 2, "Q8_0": 7, "Q5_0": 8, "Q2_K": 10, "Q3_K": 11},
-    **{"Q4_K": 14, "Q5_K": 16, "Q6_K": 18},
+    **{"Q4_K": 14, "Q5_K": 16, "Q6_K": 18, "MXFP4": 38},
 }
 
 
@@ -119,6 +123,8 @@ def _names(model: StoredModel, dialect: Dialect, gguf: Any, config: Any) -> dict
         if place is None:
             raise ExportError(f"llama.cpp has no place for {name} in a {dialect.architecture}.")
         result[name] = place
+    if has_factors(config):
+        result[ROPE_FACTORS] = ROPE_FACTORS
     return result
 
 
@@ -143,6 +149,8 @@ def _add_probe(writer: Any, directory: Path) -> None:
 
 def _part(model: StoredModel, name: str, place: str, dialect: Dialect, config: Any) -> _Part:
     """A parameter as it lies in the file."""
+    if name == ROPE_FACTORS:
+        return _plain(place, llama3_factors(config.rope_parameters, head_counts(config)[2]))
     value, order = model.read(name), row_order(name, dialect, config)
     if isinstance(value, Tensor):
         value = value if order is None else value[order]

@@ -20,6 +20,7 @@ __all__ = [
     "Dialect",
     "dialect_of",
     "gguf_package",
+    "has_factors",
     "llama3_factors",
     "row_order",
     "settings",
@@ -85,12 +86,12 @@ def settings(config: PretrainedConfig, dialect: Dialect) -> dict[str, Any]:
     }
     _check_activation(made, dialect)
     if dialect.architecture == "gemma3":
-        return result | _gemma3(made, head_dim)
+        return result | _gemma3(made, head_dim, dialect)
     window = getattr(made, "sliding_window", None)
     used = window and getattr(made, "use_sliding_window", True)
     if used and window < made.max_position_embeddings:
         result["context_length"] = window  # llama.cpp lets every layer see all: the same up to here
-    return result | _rope(made.rope_parameters)
+    return result | _rope(made.rope_parameters, dialect, made.max_position_embeddings)
 
 
 def _check_activation(config: Any, dialect: Dialect) -> None:
@@ -102,20 +103,43 @@ def _check_activation(config: Any, dialect: Dialect) -> None:
         )
 
 
-def _rope(parameters: Mapping[str, Any]) -> dict[str, Any]:
+def has_factors(config: Any) -> bool:
+    """Whether a file has a tensor of factors for the rotary embedding, that of Llama 3."""
+    return bool(config.rope_parameters.get("rope_type") == "llama3")
+
+
+def _rope(parameters: Mapping[str, Any], dialect: Dialect, longest: int) -> dict[str, Any]:
     """Rotary embedding; that of Llama 3 has a tensor instead of settings."""
     kind = parameters.get("rope_type", "default")
     result: dict[str, Any] = {"rope.freq_base": float(parameters["rope_theta"])}
-    if kind == "linear":
-        return result | {
-            "rope.scaling.type": "linear",
-            "rope.scaling.factor": float(parameters["factor"]),
-        }
-    if kind != "default":
+    known = {"linear": True, "yarn": not dialect.norm_offset, "llama3": dialect.interleaved}
+    if kind in ("default", "llama3") and known.get(kind, True):
+        return result
+    if not known.get(kind):
         raise ExportError(
-            f"The model's rotary embedding is of type '{kind}', and bitfold writes default and linear ones to GGUF: "
-            "use another --to."
+            f"The model's rotary embedding is of type '{kind}', and bitfold writes default and linear ones to GGUF, "
+            "yarn but for Gemma, and llama3 for Llama and Mistral: use another --to."
         )
+    result |= {"rope.scaling.type": kind, "rope.scaling.factor": float(parameters["factor"])}
+    return result | (_yarn(parameters, longest) if kind == "yarn" else {})
+
+
+def _yarn(parameters: Mapping[str, Any], longest: int) -> dict[str, Any]:
+    """llama.cpp multiplies queries and keys by 1 + 0.1 ln(factor) and by attn_factor; of what else there may be it has
+    the usual values alone, for which ExportError is raised where a model has others."""
+    usual = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "mscale": 0, "mscale_all_dim": 0}
+    for name, value in usual.items():
+        found = parameters.get(name)
+        if found is not None and found != value:
+            raise ExportError(
+                f"The model's rotary embedding is a yarn with {name}={found}, and llama.cpp computes this "
+                f"architecture's with {value} alone: use another --to."
+            )
+    original = parameters.get("original_max_position_embeddings") or longest
+    result: dict[str, Any] = {"rope.scaling.original_context_length": int(original)}
+    if (asked := parameters.get("attention_factor")) is not None:
+        there = 1 + 0.1 * math.log(float(parameters["factor"]))
+        result["rope.scaling.attn_factor"] = float(asked) / there
     return result
 
 
@@ -133,7 +157,7 @@ def llama3_factors(parameters: Mapping[str, Any], head_dim: int) -> Tensor:
     return (1 / ((1 - short) / factor + short)).float()
 
 
-def _gemma3(config: Any, head_dim: int) -> dict[str, Any]:
+def _gemma3(config: Any, head_dim: int, dialect: Dialect) -> dict[str, Any]:
     """Layers with a window and without take turns, with a rotary embedding each."""
     pattern = [(i + 1) % GEMMA3_PATTERN != 0 for i in range(config.num_hidden_layers)]
     if [kind == "sliding_attention" for kind in config.layer_types] != pattern:
@@ -148,7 +172,8 @@ def _gemma3(config: Any, head_dim: int) -> dict[str, Any]:
         )
     rope = config.rope_parameters
     local = rope["sliding_attention"]["rope_theta"]
-    return _rope(rope["full_attention"]) | {
+    longest = config.max_position_embeddings
+    return _rope(rope["full_attention"], dialect, longest) | {
         "attention.sliding_window": config.sliding_window,
         "rope.freq_base_swa": float(local),
     }

@@ -1,4 +1,5 @@
-"""A tokenizer in llama.cpp's words. Byte-level BPE, whose way of cutting text before merging has a name there."""
+"""A tokenizer in llama.cpp's words: byte-level BPE, whose way of cutting text before merging has a name there, or
+SentencePiece's BPE, whose pieces have scores."""
 
 import json
 from pathlib import Path
@@ -8,12 +9,11 @@ from tokenizers import Tokenizer
 
 from bitfold.errors import ExportError
 from bitfold.export.gguf_model import gguf_package
+from bitfold.export.gguf_sentencepiece import byte_pieces, piece_scores, puts_space_first
 from bitfold.models.headers import read_json
 
-__all__ = ["PATTERNS", "SPACE", "add_tokenizer"]
+__all__ = ["PATTERNS", "add_tokenizer"]
 
-SPACE = "\u2581"
-"""What stands for a space in SentencePiece's pieces: ▁."""
 _WORD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 PATTERNS = {
@@ -36,7 +36,8 @@ def add_tokenizer(writer: Any, directory: Path, vocabulary: int) -> None:
             f"{directory} has no tokenizer.json, which a GGUF file needs: copy the original model's into it."
         )
     content = read_json(file)
-    name = _name_of(content, file)
+    space_first = puts_space_first(content)
+    name = "default" if space_first is not None else _name_of(content, file)
     tokens: dict[str, int] = dict(content["model"]["vocab"])
     types = dict.fromkeys(tokens.values(), gguf.TokenType.NORMAL)
     for added in content.get("added_tokens", ()):
@@ -49,11 +50,24 @@ def add_tokenizer(writer: Any, directory: Path, vocabulary: int) -> None:
             "are of different models."
         )
     by_number = {index: token for token, index in tokens.items()}
-    writer.add_tokenizer_model("gpt2")
+    if space_first is None:
+        writer.add_tokenizer_model("gpt2")
+    else:
+        writer.add_tokenizer_model("llama")
+        writer.add_add_space_prefix(space_first)
+        apart = {by_number[i] for i, kind in types.items() if kind == gguf.TokenType.CONTROL}
+        scores = piece_scores(content, apart, file)
+        lowest = -float(len(scores))
+        writer.add_token_scores(
+            [scores.get(by_number.get(i, ""), lowest) for i in range(vocabulary)]
+        )
+        types |= dict.fromkeys(byte_pieces(tokens, file), gguf.TokenType.BYTE)
+        if (unknown := content["model"].get("unk_token")) is not None:
+            types[tokens[unknown]] = gguf.TokenType.UNKNOWN
     writer.add_tokenizer_pre(name)
     writer.add_token_list([by_number.get(i, f"[PAD{i}]") for i in range(vocabulary)])
     writer.add_token_types([types.get(i, gguf.TokenType.UNUSED) for i in range(vocabulary)])
-    special = gguf.SpecialVocab(directory, load_merges=True, n_vocab=vocabulary)
+    special = gguf.SpecialVocab(directory, load_merges=space_first is None, n_vocab=vocabulary)
     special.add_special_token |= _added_around(file, special.special_token_ids)
     special.add_to_gguf(writer, quiet=True)
 
@@ -75,7 +89,8 @@ def _name_of(content: dict[str, Any], file: Path) -> str:
                 return PATTERNS[pattern]
     raise ExportError(
         f"{file} cuts text in a way that bitfold cannot name for llama.cpp ({model['type']} after "
-        f"{json.dumps(kinds)}): byte-level BPE as in GPT-2, Llama 3 and Qwen2 can be."
+        f"{json.dumps(kinds)}): byte-level BPE as in GPT-2, Llama 3, Qwen2 and SmolLM, and SentencePiece's as in Llama "
+        "2 and Gemma can be."
     )
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from bitfold.errors import CheckpointError
 from bitfold.export.gguf_reading import GgufFile
-from bitfold.export.gguf_tokenizer import PATTERNS, SPACE
+from bitfold.export.gguf_sentencepiece import SPACE
+from bitfold.export.gguf_tokenizer import PATTERNS
 
 __all__ = ["UnknownTokenizerError", "tokenizer_files", "write_tokenizer"]
 
