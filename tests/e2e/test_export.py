@@ -41,6 +41,28 @@ def test_gguf_from_the_command_line(run: Run, artifact: Path, tmp_path: Path) ->
     assert "leave --engine" in run(f"verify {file} --engine vllm").err
 
 
+def test_gguf_there_and_back(run: Run, artifact: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="the extra 'gguf' is not installed")
+    file, back, text = tmp_path / "model.gguf", tmp_path / "back", tmp_path / "text.txt"
+    assert run(f"export {artifact} --to gguf -o {file}").code == 0
+    seen = run(f"inspect {file} --json").json
+    assert (seen["kind"], seen["family"], seen["head"]) == ("GGUF file", "llama", "tied")
+    assert (seen["blocks"], seen["vocabulary"], seen["written_by"]) == (6, 4096, "bitfold")
+    assert seen["weights_by_type"]["Q5_0"] == 4_718_592
+    assert sum(seen["bytes_by_dtype"].values()) < seen["size_bytes"] == file.stat().st_size
+    assert seen["tokenizer"]["special"]["eos"] == "<|endoftext|>"
+    assert "cut as gpt-2" in run(f"inspect {file}").out
+    made = run(f"import {file} -o {back} --json").json
+    assert "42 in Q5_0" in made["notes"][0]
+    text.write_text("It was never written down, and nobody remembers who said it first. " * 200)
+    found = run(f"eval {back} --text {text} --against {artifact} --limit 2 --json").json
+    assert found["kl_mean"] < 1e-3
+    assert run(f"inspect {back}").code == 0
+    file.write_bytes(file.read_bytes()[:100_000])
+    for command in (f"inspect {file}", f"import {file} -o {tmp_path / 'other'}"):
+        assert "is truncated or damaged" in run(command).err
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_packed_directories_hold_the_same_integers(
     run: Run, artifact: Path, tmp_path: Path, method: str

@@ -129,6 +129,23 @@ def test_scales_out_of_range_are_refused(factor: float) -> None:
         store(wrong, TYPES[2])
 
 
+def test_mxfp4_is_a_type_of_its_own() -> None:
+    """Every code in every place, and every exponent that is a number."""
+    torch.manual_seed(0)
+    scheme = TensorScheme(grid="mxfp4", bits=4, granularity="group", group_size=32)
+    codes = torch.randint(0, 16, (510, 64)).to(torch.uint8)
+    exponents = torch.arange(1020).reshape(510, 2).remainder(255).to(torch.uint8)
+    tensor = QuantizedTensor(codes, exponents.view(torch.float8_e8m0fnu), None, scheme)
+    kind = smallest(tensor)
+    assert kind is not None
+    assert (kind.name, kind.bits) == ("MXFP4", 4.25)
+    stored = store(tensor, kind)
+    assert stored.scale_error == 0
+    values = gguf.quants.dequantize(stored.data, gguf.GGMLQuantizationType.MXFP4)
+    expected = tensor.dequantize(torch.float64).numpy()
+    assert np.array_equal(values.astype(np.float64), expected.astype(np.float32))
+
+
 def test_what_no_type_holds() -> None:
     assert smallest(weight(8, 32, symmetric=False)) is None
     assert smallest(weight(4, 16, symmetric=True)) is None

@@ -1,12 +1,12 @@
 """A GGUF file in llama.cpp computes what the artifact computes, and damage to it is named."""
 
 import shutil
-from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from gguf_models import DEMO, TEXT, distance, small
 
 import bitfold
 from bitfold.errors import (
@@ -17,41 +17,13 @@ from bitfold.errors import (
     VerificationError,
 )
 from bitfold.export.exporting import export_to
-from bitfold.runtime.load import load, load_tokenizer
-from models_zoo import CONFIGS, random_model
+from bitfold.runtime.load import load_tokenizer
 
 pytest.importorskip("gguf", reason="the extra 'gguf' is not installed")
 pytest.importorskip("xllamacpp", reason="the extra 'gguf' is not installed")
 
 from bitfold.engines.llama_cpp import LlamaCpp
 from bitfold.engines.verify_gguf import verify_gguf
-
-DEMO = Path(bitfold.__file__).parent / "assets" / "tiny-llama"
-TOKENS = torch.arange(8) * 37 % 4096
-TEXT = "Über the naïve café, 1234 dogs' tails — don't\n\n  wag: x_1 = f(y)[0];\t<tag> 日本語 🙂"
-
-
-def small(family: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A random model of a family, with the demo's tokenizer."""
-    config = deepcopy(CONFIGS[family])
-    config.vocab_size, config.max_position_embeddings = 4096, 128
-    if family == "gemma3":
-        config.num_hidden_layers = 6
-        config.layer_types = ["sliding_attention"] * 5 + ["full_attention"]
-        config.query_pre_attn_scalar = config.head_dim
-    monkeypatch.setitem(CONFIGS, family, config)
-    random_model(family, torch.float32).save_pretrained(directory)
-    for file in DEMO.glob("tokenizer*"):
-        shutil.copy(file, directory)
-    return directory
-
-
-def distance(file: Path, model: Path) -> float:
-    """Root mean square difference of the logits, over their spread."""
-    with LlamaCpp(file, context=32) as engine, torch.no_grad():
-        found = engine.logits(TOKENS)
-        expected = load(model, dtype="float32")(TOKENS[None]).logits[0]
-    return float((found - expected).square().mean().sqrt() / expected.std())
 
 
 @pytest.mark.parametrize(
@@ -89,7 +61,13 @@ def test_an_artifact_is_itself(artifact: Path, file: Path) -> None:
 
 @pytest.mark.parametrize(
     ("scheme", "kind"),
-    [("w4a16", "Q4_K"), ("w3a16g128", "Q4_0"), ("w2a16", "Q2_K"), ("w6a16g64", "Q8_0")],
+    [
+        ("w4a16", "Q4_K"),
+        ("w3a16g128", "Q4_0"),
+        ("w2a16", "Q2_K"),
+        ("w6a16g64", "Q8_0"),
+        ("wmxfp4a16", "MXFP4"),
+    ],
 )
 def test_other_bits_are_themselves(tmp_path: Path, scheme: str, kind: str) -> None:
     bitfold.quantize(DEMO, tmp_path / "artifact", method="rtn", scheme=scheme)

@@ -40,7 +40,8 @@ def import_(
     source: Annotated[
         Path,
         typer.Argument(
-            metavar="SOURCE", help="Quantized by others: gptq, awq, compressed-tensors."
+            metavar="SOURCE",
+            help="Quantized by others: a GGUF file, or a directory (gptq, awq, compressed-tensors, bitsandbytes).",
         ),
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Directory of the result.")],

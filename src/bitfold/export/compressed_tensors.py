@@ -179,6 +179,8 @@ def _unsayable_linear(scheme: Scheme) -> str | None:
             return "it has no nf4 grid"
         if weight.grid == "codebook":
             return "it has no codebooks"
+        if weight.grid == "shifted":
+            return "it has no groups that are shifted by a number of their own"
         if weight.kept:
             return "it has no columns that are kept beside the codes"
         if weight.granularity == "token":

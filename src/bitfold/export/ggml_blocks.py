@@ -19,7 +19,7 @@ from bitfold.export.exported import half_scales
 from bitfold.numerics import QuantizedTensor, TensorScheme
 from bitfold.numerics.stored_scale import block_steps, could_be_in_blocks
 
-__all__ = ["TYPES", "BlockType", "Stored", "expected", "smallest", "store"]
+__all__ = ["MXFP4", "TYPES", "BlockType", "Stored", "expected", "smallest", "store"]
 
 Bytes = NDArray[np.uint8]
 
@@ -58,8 +58,10 @@ class Stored:
 
 
 def smallest(tensor: QuantizedTensor) -> BlockType | None:
-    """The type of fewest bytes that holds a weight's integers as they are; None where there is none."""
+    """The type of fewest bytes that holds a weight's integers as they are; None where there is none. mxfp4 is one."""
     scheme = tensor.scheme
+    if scheme.grid == "mxfp4" and tensor.kept is None:
+        return MXFP4
     if scheme.grid != "int" or tensor.kept is not None:
         return None
     if _in_blocks(tensor) is not None:
@@ -71,6 +73,8 @@ def smallest(tensor: QuantizedTensor) -> BlockType | None:
 
 def expected(scheme: TensorScheme, columns: int) -> BlockType | None:
     """The type that holds any weight of a scheme with so many inputs; None where there is none."""
+    if scheme.grid == "mxfp4" and not scheme.kept:
+        return MXFP4
     if scheme.grid != "int" or scheme.kept:
         return None
     if scheme.scales == "blocks":
@@ -105,6 +109,11 @@ def store(tensor: QuantizedTensor, kind: BlockType) -> Stored:
     """A weight in blocks of a type that `smallest` found to hold it."""
     rows, columns = tensor.shape
     blocks = columns // kind.inputs
+    if kind is MXFP4:
+        exponents = tensor.scale.view(torch.uint8).reshape(-1, 1).numpy()
+        codes = tensor.codes.reshape(-1, kind.inputs).numpy()
+        data = kind.pack(codes, exponents, exponents, None)
+        return Stored(kind, data.reshape(rows, blocks * kind.size), 0.0)
     scale, steps = _in_blocks(tensor) or (tensor.scale.float().expand(rows, -1), None)
     repeats = blocks // scale.shape[1]
     half, change = half_scales(scale)
@@ -248,6 +257,14 @@ def _q6_k(units: Bytes, zero: Bytes, half: Bytes, steps: Bytes | None) -> Bytes:
     scales = _ones(units) if steps is None else steps
     return np.concatenate([low, _pairs(_bytes(units >> 4)), scales, half], axis=1)
 
+
+def _mxfp4(units: Bytes, zero: Bytes, exponents: Bytes, steps: Bytes | None) -> Bytes:
+    """ggml's levels are twice E2M1's, and its scale half of 2^(e − 127): the same exponent e."""
+    return np.concatenate([exponents, _halves(units)], axis=1)
+
+
+MXFP4 = BlockType("MXFP4", 32, 17, 0, 15, None, _mxfp4)
+"""The grid of the same name, codes and exponents as they are."""
 
 # From the smallest; of the same size the one that is quicker first.
 TYPES = (

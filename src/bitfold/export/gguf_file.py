@@ -20,17 +20,21 @@ from bitfold.export.artifact import tensor_sum
 from bitfold.export.exported import Exported, Progress, rounded_scales, unstored
 from bitfold.export.ggml_blocks import smallest, store
 from bitfold.export.gguf_model import (
+    ROPE_FACTORS,
     Dialect,
     dialect_of,
     gguf_package,
+    has_factors,
+    llama3_factors,
     row_order,
     settings,
+    with_rows,
     without_offset,
 )
 from bitfold.export.gguf_tokenizer import add_tokenizer
 from bitfold.export.reading import StoredModel
 from bitfold.models.config import read_config
-from bitfold.numerics import QuantizedTensor
+from bitfold.models.family import head_counts
 
 __all__ = ["export_gguf"]
 
@@ -38,7 +42,7 @@ _PLAIN = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 # llama.cpp's name for what most of a file is in, by its number (`enum llama_ftype`).
 _FILE_TYPES = {
     **{"F32": 0, "F16": 1, "BF16": 32, "Q4_0": 2, "Q8_0": 7, "Q5_0": 8, "Q2_K": 10, "Q3_K": 11},
-    **{"Q4_K": 14, "Q5_K": 16, "Q6_K": 18},
+    **{"Q4_K": 14, "Q5_K": 16, "Q6_K": 18, "MXFP4": 38},
 }
 
 
@@ -119,6 +123,8 @@ def _names(model: StoredModel, dialect: Dialect, gguf: Any, config: Any) -> dict
         if place is None:
             raise ExportError(f"llama.cpp has no place for {name} in a {dialect.architecture}.")
         result[name] = place
+    if has_factors(config):
+        result[ROPE_FACTORS] = ROPE_FACTORS
     return result
 
 
@@ -143,12 +149,14 @@ def _add_probe(writer: Any, directory: Path) -> None:
 
 def _part(model: StoredModel, name: str, place: str, dialect: Dialect, config: Any) -> _Part:
     """A parameter as it lies in the file."""
+    if name == ROPE_FACTORS:
+        return _plain(place, llama3_factors(config.rope_parameters, head_counts(config)[2]))
     value, order = model.read(name), row_order(name, dialect, config)
     if isinstance(value, Tensor):
         value = value if order is None else value[order]
         return _plain(place, without_offset(name, value, dialect))
     if order is not None:
-        value = _reordered(value, order)
+        value = with_rows(value, order)
     kind = smallest(value)
     if kind is None:
         dtype = value.scale.dtype if value.scale.dtype in _PLAIN else torch.bfloat16
@@ -169,17 +177,6 @@ def _plain(place: str, value: Tensor) -> _Part:
     value = value.float() if value.ndim == 1 or value.dtype not in _PLAIN else value
     data = value.contiguous().view(torch.uint8).numpy()
     return _Part(place, _PLAIN[value.dtype], data, value.numel())
-
-
-def _reordered(value: QuantizedTensor, order: Tensor) -> QuantizedTensor:
-    """The same rows in another order."""
-    value = replace(value, codes=value.codes[order])
-    if value.kept is not None:
-        value = replace(value, kept=value.kept[order])
-    if value.scale.shape[0] > 1:
-        zero = None if value.zero is None else value.zero[order]
-        value = replace(value, scale=value.scale[order], zero=zero)
-    return value
 
 
 def _most(types: Counter[str]) -> str:

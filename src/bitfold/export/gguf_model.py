@@ -1,7 +1,8 @@
 """A model in llama.cpp's words: its architecture, the settings it reads, the names and the order of its weights."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,14 +11,20 @@ from transformers import PretrainedConfig
 
 from bitfold.errors import ExportError, MissingExtraError
 from bitfold.models.family import head_counts
+from bitfold.numerics import QuantizedTensor
 
 __all__ = [
     "DIALECTS",
+    "GEMMA3_PATTERN",
+    "ROPE_FACTORS",
     "Dialect",
     "dialect_of",
     "gguf_package",
+    "has_factors",
+    "llama3_factors",
     "row_order",
     "settings",
+    "with_rows",
     "without_offset",
 ]
 
@@ -40,8 +47,10 @@ DIALECTS: Mapping[str, Dialect] = {
     "gemma": Dialect("gemma", norm_offset=1.0),
     "gemma3_text": Dialect("gemma3", norm_offset=1.0),
 }
-# Gemma 3: every so many layers one sees all tokens, the others a window.
-_GEMMA3_PATTERN = 6
+GEMMA3_PATTERN = 6
+"""Of Gemma 3's layers every so many one sees all tokens, the others a window."""
+ROPE_FACTORS = "rope_freqs.weight"
+"""llama.cpp's tensor of what each pair's angle is divided by, [head_dim / 2] float32: Llama 3's rotary embedding."""
 
 
 def dialect_of(model_type: str) -> Dialect:
@@ -77,12 +86,12 @@ def settings(config: PretrainedConfig, dialect: Dialect) -> dict[str, Any]:
     }
     _check_activation(made, dialect)
     if dialect.architecture == "gemma3":
-        return result | _gemma3(made, head_dim)
+        return result | _gemma3(made, head_dim, dialect)
     window = getattr(made, "sliding_window", None)
     used = window and getattr(made, "use_sliding_window", True)
     if used and window < made.max_position_embeddings:
         result["context_length"] = window  # llama.cpp lets every layer see all: the same up to here
-    return result | _rope(made.rope_parameters)
+    return result | _rope(made.rope_parameters, dialect, made.max_position_embeddings)
 
 
 def _check_activation(config: Any, dialect: Dialect) -> None:
@@ -94,29 +103,66 @@ def _check_activation(config: Any, dialect: Dialect) -> None:
         )
 
 
-def _rope(parameters: Mapping[str, Any]) -> dict[str, Any]:
+def has_factors(config: Any) -> bool:
+    """Whether a file has a tensor of factors for the rotary embedding, that of Llama 3."""
+    return bool(config.rope_parameters.get("rope_type") == "llama3")
+
+
+def _rope(parameters: Mapping[str, Any], dialect: Dialect, longest: int) -> dict[str, Any]:
     """Rotary embedding; that of Llama 3 has a tensor instead of settings."""
     kind = parameters.get("rope_type", "default")
     result: dict[str, Any] = {"rope.freq_base": float(parameters["rope_theta"])}
-    if kind == "linear":
-        return result | {
-            "rope.scaling.type": "linear",
-            "rope.scaling.factor": float(parameters["factor"]),
-        }
-    if kind != "default":
+    known = {"linear": True, "yarn": not dialect.norm_offset, "llama3": dialect.interleaved}
+    if kind in ("default", "llama3") and known.get(kind, True):
+        return result
+    if not known.get(kind):
         raise ExportError(
-            f"The model's rotary embedding is of type '{kind}', and bitfold writes default and linear ones to GGUF: "
-            "use another --to."
+            f"The model's rotary embedding is of type '{kind}', and bitfold writes default and linear ones to GGUF, "
+            "yarn but for Gemma, and llama3 for Llama and Mistral: use another --to."
         )
+    result |= {"rope.scaling.type": kind, "rope.scaling.factor": float(parameters["factor"])}
+    return result | (_yarn(parameters, longest) if kind == "yarn" else {})
+
+
+def _yarn(parameters: Mapping[str, Any], longest: int) -> dict[str, Any]:
+    """llama.cpp multiplies queries and keys by 1 + 0.1 ln(factor) and by attn_factor; of what else there may be it has
+    the usual values alone, for which ExportError is raised where a model has others."""
+    usual = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "mscale": 0, "mscale_all_dim": 0}
+    for name, value in usual.items():
+        found = parameters.get(name)
+        if found is not None and found != value:
+            raise ExportError(
+                f"The model's rotary embedding is a yarn with {name}={found}, and llama.cpp computes this "
+                f"architecture's with {value} alone: use another --to."
+            )
+    original = parameters.get("original_max_position_embeddings") or longest
+    result: dict[str, Any] = {"rope.scaling.original_context_length": int(original)}
+    if (asked := parameters.get("attention_factor")) is not None:
+        there = 1 + 0.1 * math.log(float(parameters["factor"]))
+        result["rope.scaling.attn_factor"] = float(asked) / there
     return result
 
 
-def _gemma3(config: Any, head_dim: int) -> dict[str, Any]:
+def llama3_factors(parameters: Mapping[str, Any], head_dim: int) -> Tensor:
+    """By what Llama 3 divides the angle of each pair, [head_dim / 2] float32: 1 for waves that are short against the
+    original context, `factor` for long ones, between them a mean of both frequencies.
+
+    From the definition of rope_type llama3 (transformers' documentation of rope_parameters), in float64.
+    """
+    base, factor = float(parameters["rope_theta"]), float(parameters["factor"])
+    low, high = float(parameters["low_freq_factor"]), float(parameters["high_freq_factor"])
+    frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    waves = parameters["original_max_position_embeddings"] * frequency / (2 * math.pi)
+    short = ((waves - low) / (high - low)).clamp(0, 1)
+    return (1 / ((1 - short) / factor + short)).float()
+
+
+def _gemma3(config: Any, head_dim: int, dialect: Dialect) -> dict[str, Any]:
     """Layers with a window and without take turns, with a rotary embedding each."""
-    pattern = [(i + 1) % _GEMMA3_PATTERN != 0 for i in range(config.num_hidden_layers)]
+    pattern = [(i + 1) % GEMMA3_PATTERN != 0 for i in range(config.num_hidden_layers)]
     if [kind == "sliding_attention" for kind in config.layer_types] != pattern:
         raise ExportError(
-            f"llama.cpp lets every {_GEMMA3_PATTERN}th layer of a Gemma 3 see all tokens, this model's config.json "
+            f"llama.cpp lets every {GEMMA3_PATTERN}th layer of a Gemma 3 see all tokens, this model's config.json "
             "does not: it cannot run there."
         )
     if config.query_pre_attn_scalar != head_dim:
@@ -126,7 +172,8 @@ def _gemma3(config: Any, head_dim: int) -> dict[str, Any]:
         )
     rope = config.rope_parameters
     local = rope["sliding_attention"]["rope_theta"]
-    return _rope(rope["full_attention"]) | {
+    longest = config.max_position_embeddings
+    return _rope(rope["full_attention"], dialect, longest) | {
         "attention.sliding_window": config.sliding_window,
         "rope.freq_base_swa": float(local),
     }
@@ -140,6 +187,22 @@ def row_order(name: str, dialect: Dialect, config: PretrainedConfig) -> Tensor |
     if not dialect.interleaved or count is None:
         return None
     return torch.arange(count * head_dim).reshape(count, 2, -1).transpose(1, 2).flatten()
+
+
+def with_rows(value: QuantizedTensor, order: Tensor) -> QuantizedTensor:
+    """The rows of a weight in another order."""
+    parts: dict[str, Tensor | None] = {"codes": value.codes, "kept": value.kept}
+    if value.scale.shape[0] > 1:
+        parts |= {"scale": value.scale, "zero": value.zero, "shift": value.shift}
+    there = {name: part for name, part in parts.items() if part is not None}
+    # Bytes are moved: of the scales of mxfp4 rows cannot be picked.
+    moved: dict[str, Any] = {
+        name: part.view(torch.uint8)[order].view(part.dtype)
+        if part.element_size() == 1
+        else part[order]
+        for name, part in there.items()
+    }
+    return replace(value, **moved)
 
 
 def without_offset(name: str, value: Tensor, dialect: Dialect) -> Tensor:

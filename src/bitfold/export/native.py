@@ -150,13 +150,14 @@ def extra_config(layout: Layout, model_config: Mapping[str, Any]) -> dict[str, A
 def to_tensors(name: str, tensor: QuantizedTensor, format: WeightFormat) -> dict[str, Tensor]:
     """The tensors of one layer's weight [out, in]; the same for every `format`.
 
-    NAME.weight: [out, ⌈codes·bits/32⌉] int32, packed codes (of fp8 the bytes; where codes are indices, these less half
-        of those there could be).
+    NAME.weight: [out, ⌈codes·bits/32⌉] int32, packed codes (of fp8 the bytes; where codes are indices or begin at 0,
+        these less half of those there could be).
     NAME.weight_shape: [2] int64, out and in.
     NAME.weight_scale: [out, groups] ([1, 1] per tensor) in the scale's dtype, or of mxfp4 and nvfp4 the bytes, uint8.
     NAME.weight_global_scale: [1] float32, of nvfp4 alone.
     NAME.weight_zero_point: [⌈out·bits/32⌉, groups] int32, packed along dim 0; asymmetric only.
     NAME.weight_codebook: [books, entries, dim] int8; codebooks only.
+    NAME.weight_shift: as the scales, what is added to each group; of the grid shifted alone.
     NAME.weight_kept: [out, n] in the scale's dtype, and NAME.weight_columns: [n] int32, where columns are kept.
     """
     del format
@@ -172,6 +173,7 @@ def to_tensors(name: str, tensor: QuantizedTensor, format: WeightFormat) -> dict
         result["weight_zero_point"] = pack(tensor.zero.T, scheme.bits).T
     beside = {
         "weight_codebook": tensor.codebook,
+        "weight_shift": tensor.shift,
         "weight_kept": tensor.kept,
         "weight_columns": tensor.columns,
     }
@@ -203,6 +205,7 @@ def unpack_weight(
         packed = stored("weight_zero_point").T
         zero = unpack(packed, scheme.bits, scale.shape[0]).T.contiguous()
     more = {"global_scale": scheme.grid == "nvfp4", "codebook": scheme.codebook is not None}
+    more |= {"shift": scheme.grid == "shifted"}
     more |= {"kept": scheme.kept > 0, "columns": scheme.kept > 0}
     beside = {part: stored(f"weight_{part}") for part, has in more.items() if has}
     return QuantizedTensor(codes, scale, zero, scheme, **beside)

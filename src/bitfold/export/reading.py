@@ -1,14 +1,14 @@
 """A quantized checkpoint as it lies on disk, one layer at a time: what every exporter reads."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from bitfold.errors import CheckpointError, ExportError
-from bitfold.export import compressed_tensors, native
+from bitfold.export import bitsandbytes, compressed_tensors, native
 from bitfold.export.compressed_tensors_reading import quantizes_heads, read_config
 from bitfold.export.gptq import read_packed
 from bitfold.export.layout import WeightFormat
@@ -20,9 +20,10 @@ __all__ = ["StoredModel", "read_model"]
 # Behind a layer's name: what belongs to its quantized weight, or to how its input is quantized.
 _PARTS = (
     *("weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "weight_global_scale"),
-    *("weight_codebook", "weight_kept", "weight_columns"),
+    *("weight_codebook", "weight_kept", "weight_columns", "weight_shift"),
     *("input_scale", "input_zero_point", "input_global_scale", "input_share", "input_clusters"),
     *("qweight", "qzeros", "scales", "g_idx"),
+    *bitsandbytes.PARTS,
 )
 Decode = Callable[[str, Mapping[str, Tensor], TensorScheme], QuantizedTensor]
 
@@ -33,7 +34,8 @@ class StoredModel:
 
     schemes: of each quantized linear layer, by full name. runs: names at which maps run that nothing absorbs.
     quantizes_heads: whether queries, keys or values are quantized. decode: a weight from its tensors, by the layer's
-    name. Weights are read when they are asked for.
+    name. loose: of layers whose weights are quantized in a way that bitfold has no scheme for, what makes their values
+    of the layer's tensors. Weights are read when they are asked for.
     """
 
     checkpoint: Checkpoint
@@ -41,6 +43,7 @@ class StoredModel:
     runs: tuple[str, ...]
     quantizes_heads: bool
     decode: Decode
+    loose: Mapping[str, bitsandbytes.Loose] = field(default_factory=dict)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -60,9 +63,10 @@ class StoredModel:
         """The parameters that the model was made of, quantized or not, in the files' order."""
         seen: set[str] = set()
         for name in self.checkpoint.tensors:
-            layer, _, part = name.rpartition(".")
-            whole = f"{layer}.weight" if layer in self.schemes and part in _PARTS else name
-            if whole in seen or (layer not in self.schemes and part in _PARTS):
+            layer, part = _split(name)
+            few = layer in self.schemes or layer in self.loose
+            whole = f"{layer}.weight" if few and part in _PARTS else name
+            if whole in seen or (not few and part in _PARTS):
                 continue
             seen.add(whole)
             yield whole
@@ -82,7 +86,8 @@ class StoredModel:
         """
         layer, _, part = name.rpartition(".")
         scheme = self.schemes.get(layer) if part == "weight" else None
-        if scheme is None or scheme.weight is None:
+        loose = self.loose.get(layer) if part == "weight" else None
+        if loose is None and (scheme is None or scheme.weight is None):
             if name not in self.checkpoint.tensors:
                 raise CheckpointError(
                     f"{self.checkpoint.path} has no tensor {name}: the checkpoint is incomplete; copy or make it again."
@@ -91,8 +96,12 @@ class StoredModel:
         mine = [f"{layer}.weight", *(f"{layer}.{part}" for part in _PARTS)]
         tensors = self.checkpoint.read([one for one in mine if one in self.checkpoint.tensors])
         try:
+            if loose is not None:
+                return loose(layer, tensors)
+            assert scheme is not None
+            assert scheme.weight is not None
             return self.decode(layer, tensors, scheme.weight)
-        except (KeyError, RuntimeError, ValueError) as error:
+        except (KeyError, IndexError, RuntimeError, ValueError) as error:
             raise CheckpointError(
                 f"{self.checkpoint.path} does not hold the weight of {layer} as its config.json says "
                 f"({' '.join(str(error).split())}): copy or make it again."
@@ -107,8 +116,8 @@ class StoredModel:
 
 
 def read_model(path: Path) -> StoredModel:
-    """A checkpoint directory: quantized by bitfold, or in the format of compressed-tensors, GPTQ or AWQ, or not
-    quantized.
+    """A checkpoint directory: quantized by bitfold, or in the format of compressed-tensors, GPTQ, AWQ or bitsandbytes,
+    or not quantized.
 
     Raises CheckpointError where it is damaged, or quantized in a way that bitfold cannot read.
     """
@@ -129,9 +138,13 @@ def read_model(path: Path) -> StoredModel:
         return StoredModel(
             checkpoint, dict.fromkeys(layers, Scheme(weight=scheme)), (), False, decode
         )
+    if method == bitsandbytes.NAME:
+        few, loose = bitsandbytes.read_layers(checkpoint)
+        schemes = {layer: Scheme(weight=weight) for layer, weight in few.items()}
+        return StoredModel(checkpoint, schemes, (), False, bitsandbytes.decode, loose)
     raise CheckpointError(
         f"{path} is quantized as '{method}', which bitfold does not read: it reads its own artifacts, "
-        "compressed-tensors, gptq and awq."
+        "compressed-tensors, gptq, awq and bitsandbytes."
     )
 
 
@@ -163,6 +176,15 @@ def _native(layer: str, tensors: Mapping[str, Tensor], scheme: TensorScheme) -> 
 
 def _nothing(layer: str, tensors: Mapping[str, Tensor], scheme: TensorScheme) -> QuantizedTensor:
     raise AssertionError(f"{layer} is not quantized")
+
+
+def _split(name: str) -> tuple[str, str]:
+    """A layer, and which of its tensors: those of bitsandbytes have names of their own behind the weight's."""
+    layer, dot, part = name.partition(".weight.")
+    if dot:
+        return layer, f"weight.{part}"
+    layer, _, part = name.rpartition(".")
+    return layer, part
 
 
 def _matrices(checkpoint: Checkpoint) -> list[str]:

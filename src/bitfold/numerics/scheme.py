@@ -10,7 +10,7 @@ from bitfold.numerics.codebook import CodebookShape
 
 __all__ = ["GridName", "Scheme", "TensorScheme"]
 
-GridName = Literal["int", "fp8_e4m3", "nf4", "mxfp4", "nvfp4", "codebook"]
+GridName = Literal["int", "shifted", "fp8_e4m3", "nf4", "mxfp4", "nvfp4", "codebook"]
 Granularity = Literal["tensor", "head", "channel", "group", "token", "cluster"]
 
 _FIXED_BITS = {"fp8_e4m3": 8, "nf4": 4, "mxfp4": 4, "nvfp4": 4}
@@ -32,11 +32,12 @@ class TensorScheme(BaseModel):
              left as they are: `runtime/attention.py` says what each query sees.
     head     of a head of a layer; `tensor`: of a layer. Static.
 
-    The grids `mxfp4` and `nvfp4` have groups of 32 and 16. `codebook`: the size of a learned one, once it is known;
-    `bits` are then those that were asked for. `clipped`: an activation's dynamic range is a share of its min-max, found
-    on calibration text. `kept`: how many columns of a weight stand beside the codes in the dtype of the scales.
-    `scales`: the precision of a weight's, beside the dtype of the checkpoint in which they are stored: such as half
-    precision has too, or as llama.cpp's K types can say (`numerics/stored_scale.py`).
+    The grids `mxfp4` and `nvfp4` have groups of 32 and 16. `shifted`: of imported weights alone, integers from 0 times
+    a scale, plus a number of the group's own, where `int` has zero-points that are integers. `codebook`: the size of a
+    learned one, once it is known; `bits` are then those that were asked for. `clipped`: an activation's dynamic range
+    is a share of its min-max, found on calibration text. `kept`: how many columns of a weight stand beside the codes in
+    the dtype of the scales. `scales`: the precision of a weight's, beside the dtype of the checkpoint in which they are
+    stored: such as half precision has too, or as llama.cpp's K types can say (`numerics/stored_scale.py`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -138,10 +139,11 @@ class TensorScheme(BaseModel):
         >>> TensorScheme(bits=4, symmetric=False, granularity="group", group_size=128).describe()
         'int4 asymmetric, group 128'
         """
-        grid = f"int{self.bits}" if self.grid == "int" else self.grid
+        grid = f"int{self.bits}" if self.grid in ("int", "shifted") else self.grid
         if self.codebook is not None:
             return f"{self.codebook.entries} entries of {self.codebook.dim} in {self.codebook.books} codebooks"
         sign = "symmetric" if self.symmetric else "asymmetric"
+        sign = "shifted" if self.grid == "shifted" else sign
         where = f"group {self.group_size}" if self.group_size else self.granularity
         where = f"channel of {self.group_size} tokens" if self.groups_tokens else where
         where = f"{self.clusters} clusters of channels" if self.clusters else where
@@ -221,6 +223,10 @@ class Scheme(BaseModel):
             part = getattr(self, name)
             if part is not None and part.grid == "codebook":
                 raise ValueError(f"the {name} has no codebook: only weights and values have")
+        for name in ("activation", "query", "key", "value"):
+            part = getattr(self, name)
+            if part is not None and part.grid == "shifted":
+                raise ValueError(f"the {name} has no grid shifted: only imported weights have")
         for name in ("weight", "query", "key", "value"):
             part = getattr(self, name)
             if part is not None and part.clusters:
@@ -303,9 +309,9 @@ class Scheme(BaseModel):
 def _width(scheme: TensorScheme | None) -> str:
     if scheme is None:
         return "16"
-    return {"fp8_e4m3": "fp8", "int": str(scheme.bits), "codebook": str(scheme.bits)}.get(
-        scheme.grid, scheme.grid
-    )
+    if scheme.grid in ("int", "shifted", "codebook"):
+        return str(scheme.bits)
+    return {"fp8_e4m3": "fp8"}.get(scheme.grid, scheme.grid)
 
 
 def _grid(width: str) -> dict[str, object]:

@@ -25,12 +25,13 @@ __all__ = ["QuantizedTensor", "sharing_global_scale"]
 class QuantizedTensor:
     """A weight [out, in] in few bits.
 
-    codes: [out, in] int8 (float8 for fp8; uint8 indices for nf4, mxfp4 and nvfp4); of a codebook [out, in / dim] uint8
-    indices.
+    codes: [out, in] int8 (float8 for fp8; uint8 for shifted, and uint8 indices for nf4, mxfp4 and nvfp4); of a codebook
+    [out, in / dim] uint8 indices.
     scale: [out, groups] ([1, 1] per tensor), in the floating point dtype it is stored in.
     zero:  [out, groups] int8, or None for symmetric grids.
     global_scale: [1] float32, a power of two by which all scales are divided; None but for nvfp4.
     codebook: [books, entries, dim] int8, where the grid is one.
+    shift: [out, groups] in the dtype of the scales, what is added to code · scale; None but for the grid shifted.
     kept: [out, n], columns that are only rounded to the dtype of the scales, and columns: their places [n] int32, where
     the scheme has some. Their codes stand for nothing.
     """
@@ -44,6 +45,7 @@ class QuantizedTensor:
     codebook: Tensor | None = None
     kept: Tensor | None = None
     columns: Tensor | None = None
+    shift: Tensor | None = None
 
     @classmethod
     def from_limits(
@@ -95,6 +97,7 @@ class QuantizedTensor:
             codebook=None if book is None else room(book.shape, dtype=torch.int8),
             kept=room((shape[0], scheme.kept), dtype=scale_dtype) if scheme.kept else None,
             columns=room(scheme.kept, dtype=torch.int32) if scheme.kept else None,
+            shift=room(per_group, dtype=scale_dtype) if scheme.grid == "shifted" else None,
         )
 
     @property
@@ -118,16 +121,20 @@ class QuantizedTensor:
         if self.global_scale is not None:
             scale = scale / self.global_scale
         zero = None if self.zero is None else self.zero.reshape(per_group)
-        values = from_groups(dequantize(units, scale, zero, self.scheme), self.shape).to(dtype)
+        grouped = dequantize(units, scale, zero, self.scheme)
+        if self.shift is not None:
+            grouped += self.shift.to(computed_in).reshape(per_group)
+        values = from_groups(grouped, self.shape).to(dtype)
         if self.kept is not None and self.columns is not None:
             values[:, self.columns.long()] = self.kept.to(dtype)
         return values
 
     @property
     def bits(self) -> int:
-        """Bits that the tensor's information takes: codes, scales, zero-points, codebooks, columns that are kept."""
+        """Bits of the tensor's information: codes, scales, zero-points or shifts, codebooks, columns that are kept."""
         zero_bits = 0 if self.zero is None else self.zero.numel() * self.scheme.bits
-        parts = (self.scale, self.global_scale, self.codebook, self.kept, self.columns)
+        beside = (self.global_scale, self.codebook, self.kept, self.columns, self.shift)
+        parts = (self.scale, *beside)
         other_bits = sum(8 * part.nbytes for part in parts if part is not None)
         return self.codes.numel() * self.scheme.code_bits + zero_bits + other_bits
 

@@ -10,13 +10,14 @@ from bitfold.models.checkpoint import Checkpoint
 from bitfold.models.config import read_config
 from bitfold.models.family import head_counts
 from bitfold.models.headers import read_json
+from bitfold.report.describing_gguf import describe_gguf
 from bitfold.runtime.checkpoint import find_checkpoint
 
 __all__ = ["describe"]
 
 
 def describe(model: str | Path) -> dict[str, Any]:
-    """A model directory, or a name on the hub, as plain data.
+    """A model directory, a name on the hub, or a GGUF file (see `describe_gguf`), as plain data.
 
     Keys: path, kind (`original`, `bitfold artifact` or `quantized by another tool`), model_type, family (None if
     bitfold has none), blocks, hidden_size, heads, kv_heads, head_dim, vocabulary, dtype, tensors, size_bytes,
@@ -25,6 +26,8 @@ def describe(model: str | Path) -> dict[str, Any]:
 
     Raises CheckpointError where the directory cannot be read.
     """
+    if Path(model).expanduser().is_file():
+        return describe_gguf(Path(model).expanduser())
     path = find_checkpoint(model)
     checkpoint = Checkpoint(path)
     config = read_config(checkpoint)

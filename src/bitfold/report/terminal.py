@@ -103,6 +103,8 @@ def description_tables(content: Mapping[str, Any]) -> list[Table]:
             ", ".join(f"{k} {human_bytes(v)}" for k, v in content["bytes_by_dtype"].items()),
         ),
     ]
+    if "tokenizer" in content:
+        facts += _of_gguf(content)
     for key in ("format", "method", "scheme"):
         if key in content:
             facts.append((key, str(content[key])))
@@ -138,6 +140,24 @@ def description_tables(content: Mapping[str, Any]) -> list[Table]:
     if "layers" in content:
         tables.append(layer_table(content["layers"]))
     return tables
+
+
+def _of_gguf(content: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What only a GGUF file says."""
+    words = content["tokenizer"]
+    special = ", ".join(f"{name} {token}" for name, token in words["special"].items())
+    cut = f", cut as {words['cut']}" if words["cut"] else ""
+    template = ", chat template" if words["chat_template"] else ""
+    weights = ", ".join(
+        f"{count:,} in {kind}" for kind, count in content["weights_by_type"].items()
+    )
+    mend = "bitfold import" if content["importable"] else "not of a family that bitfold imports"
+    return [
+        ("weights", weights),
+        ("head", str(content["head"])),
+        ("tokenizer", f"{words['kind']}{cut}, {words['tokens']:,} tokens; {special}{template}"),
+        ("to be evaluated", mend),
+    ]
 
 
 def _names(value: Any) -> str:

@@ -49,6 +49,11 @@ class Stores(Part):
             raise RecipeError(
                 f"The codebook of {name} has to be learned: choose --method vq with a scheme such as w{scheme.bits}a16."
             )
+        if scheme.grid == "shifted":
+            raise RecipeError(
+                f"The grid shifted of {name} is only read from others' files: quantize to int, which has zero-points "
+                "that are integers, or to nf4."
+            )
         if scheme.kept:
             raise RecipeError(
                 f"The columns of {name} that are kept have to be chosen: use --method salient, and salient.share."

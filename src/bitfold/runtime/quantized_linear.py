@@ -63,6 +63,7 @@ class QuantizedLinear(nn.Module):
             buffer("weight_zero_point", zeros, torch.int32)
             entries = None if books is None else books.shape
             buffer("weight_codebook", entries, torch.int8)
+            buffer("weight_shift", scales if weight.grid == "shifted" else None, dtype)
             buffer("weight_kept", (out_features, weight.kept) if weight.kept else None, dtype)
             buffer("weight_columns", (weight.kept,) if weight.kept else None, torch.int32)
         inputs = input_buffers(scheme.activation, in_features, dtype, device)
