@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import bitfold
 from bitfold.assets import DEMO_MODEL
@@ -17,6 +18,8 @@ from bitfold.engines.compare import Distance
 from bitfold.engines.simulation import Simulation
 from bitfold.engines.verify import check_engine, verify_in_engine
 from bitfold.errors import BitfoldError, EngineError, VerificationError
+from bitfold.export.exporting import export_to
+from bitfold.export.importing import import_checkpoint
 
 VLLM = os.environ.get("BITFOLD_VLLM_PYTHON")
 needs_vllm = pytest.mark.skipif(VLLM is None, reason="BITFOLD_VLLM_PYTHON names no vLLM's python")
@@ -221,3 +224,36 @@ def test_inputs_that_vllm_leaves_as_they_are(tmp_path: Path) -> None:
     bitfold.quantize(DEMO_MODEL, out, method="rtn", scheme="w4a8", set=["weight.symmetric=true"])
     with pytest.raises(VerificationError, match="in vllm are not quantized"):
         verify_in_engine(out, engine="vllm", python=VLLM)
+
+
+@needs_vllm
+@pytest.mark.parametrize(("format", "symmetric"), [("gptq", "true"), ("awq", "false")])
+def test_packed_directories_are_held_against_their_integers(
+    format: str, symmetric: str, tmp_path: Path
+) -> None:
+    bitfold.quantize(
+        DEMO_MODEL,
+        tmp_path / "a",
+        method="rtn",
+        set=f"weight.symmetric={symmetric}",
+        meant_for=format,
+    )
+    out = export_to(tmp_path / "a", format, tmp_path / format).path
+    result = verify_in_engine(out, engine="vllm", python=str(VLLM))
+    text = result.texts["text"]
+    assert 0 < text.mean_difference < text.mean_tolerance
+    # One layer's scales made larger are seen: the engine is held against the file that it is given.
+    name = "model.layers.3.mlp.down_proj.scales"
+    file = next(file for file in out.glob("*.safetensors") if name in load_file(file))
+    simulated = import_checkpoint(out, tmp_path / "simulated").path
+    tensors = load_file(file)
+    tensors[name] *= 1.5
+    save_file(tensors, file, metadata={"format": "pt"})
+    (tmp_path / "asked").mkdir()
+    windows = module._windows(out, None, None)
+    answers, _, dtype = module._ask(
+        check_engine("vllm", str(VLLM)), tmp_path / "asked", out, windows, ("auto",), print
+    )
+    reference, rounded = (Simulation(simulated, "cpu", name) for name in ("float32", dtype))
+    with pytest.raises(VerificationError, match="are not what was simulated"):
+        module._compare("it", "text", answers["text"], windows["text"], reference, rounded)

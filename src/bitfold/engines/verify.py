@@ -24,6 +24,7 @@ from bitfold.engines.child import has_module, resolve_python, run_script, say_sh
 from bitfold.engines.compare import Answer, Distance, distance, perplexity
 from bitfold.engines.simulation import Simulation
 from bitfold.errors import BitfoldError, DataError, EngineError, VerificationError, did_you_mean
+from bitfold.export.importing import import_checkpoint
 from bitfold.models.headers import read_json
 from bitfold.pipeline.probe import PROBE_FILE, Probe
 from bitfold.pipeline.verify import check_artifact, verify
@@ -108,25 +109,34 @@ def verify_in_engine(
 ) -> EngineVerification:
     """Verify an artifact as `verify` does, then run it in an engine and compare the log-probabilities.
 
-    python: of the environment that has the engine. text: a plain text file, or else an embedded one. device: PyTorch's.
+    out: an artifact, or a directory in GPTQ's or AWQ's format, whoever wrote it: that is held against what its integers
+    are in PyTorch, as `import_checkpoint` reads them. python: of the environment that has the engine. text: a plain
+    text file, or else an embedded one. device: PyTorch's.
 
     Raises EngineError where there is no such engine or it cannot run the artifact; VerificationError where it computes
     something else than was simulated.
     """
     say = progress or (lambda what: None)
     out = find_checkpoint(out).absolute()
-    check_artifact(out)
+    packed = _method(out) in ("gptq", "awq")
+    if not packed:
+        check_artifact(out)
     dtypes = _dtypes_to_ask_for(out)
-    windows = _windows(out, text)
+    windows = _windows(out, text, None if packed else out / PROBE_FILE)
     interpreter = check_engine(engine, python)
-    verify(out, device=device, progress=progress)
+    if not packed:
+        verify(out, device=device, progress=progress)
 
-    with tempfile.TemporaryDirectory(prefix="bitfold-engine-") as directory:
-        answers, version, dtype = _ask(interpreter, Path(directory), out, windows, dtypes, say)
-
-    say("comparing with PyTorch")
-    reference = Simulation(out, device, _REFERENCE[dtype])
-    rounded = Simulation(out, device, "bfloat16" if reference.quantizes_inputs else dtype)
+    with tempfile.TemporaryDirectory(prefix="bitfold-engine-") as name:
+        directory = Path(name)
+        answers, version, dtype = _ask(interpreter, directory, out, windows, dtypes, say)
+        say("comparing with PyTorch")
+        simulated = out
+        if packed:
+            simulated = directory / "imported"
+            import_checkpoint(out, simulated)
+        reference = Simulation(simulated, device, _REFERENCE[dtype])
+        rounded = Simulation(simulated, device, "bfloat16" if reference.quantizes_inputs else dtype)
     texts = {
         name: _compare(f"{out} in {engine}", name, answer, windows[name], reference, rounded)
         for name, answer in answers.items()
@@ -137,6 +147,12 @@ def verify_in_engine(
 # --- what is asked ---
 
 
+def _method(out: Path) -> str | None:
+    """The quantization method that config.json names; None where there is none."""
+    found = (read_json(out / "config.json").get("quantization_config") or {}).get("quant_method")
+    return None if found is None else str(found)
+
+
 def _dtypes_to_ask_for(out: Path) -> tuple[str, ...]:
     """float32 shows the most, and the checkpoint's own is what is served. Of packed integers there are kernels for
     inputs of 16 bits alone.
@@ -144,37 +160,39 @@ def _dtypes_to_ask_for(out: Path) -> tuple[str, ...]:
     Raises EngineError where the engine cannot load the format.
     """
     quantization = read_json(out / "config.json").get("quantization_config", {})
-    if quantization.get("quant_method") == "bitfold":
+    if _method(out) == "bitfold":
         raise EngineError(
             f"{out} is in bitfold's own format, which vLLM does not know: "
             "run it by `bitfold generate`, or quantize by a method and scheme that compressed-tensors can say "
             "(docs/engines.md)."
         )
-    return ("auto",) if "pack-quantized" in json.dumps(quantization) else ("float32", "auto")
+    if "pack-quantized" in json.dumps(quantization) or _method(out) in ("gptq", "awq"):
+        return ("auto",)
+    return ("float32", "auto")
 
 
-def _windows(out: Path, text: str | Path | None) -> dict[str, Tensor]:
-    """Token ids [windows, length] of the probe and of a text.
+def _windows(out: Path, text: str | Path | None, recorded: Path | None) -> dict[str, Tensor]:
+    """Token ids [windows, length] of the probe, where one was recorded, and of a text.
 
     At least one token shorter than the model's longest, since an engine writes one more.
     """
     longest = read_json(out / "config.json").get("max_position_embeddings") or _LENGTH + 1
-    probe = Probe.load(out / PROBE_FILE).tokens
+    probe = {} if recorded is None else {"probe": Probe.load(recorded).tokens[:, : longest - 1]}
     file = EVALUATION_TEXT if text is None else Path(text)
     content = read_text(file)
     length = min(_LENGTH, longest - 1)
     try:
         tokens = tokenize(content, load_tokenizer(out))
     except BitfoldError:
-        if text is not None:
+        if text is not None or not probe:
             raise
-        return {"probe": probe[:, : longest - 1]}  # a model without a tokenizer: the probe is all
+        return probe  # a model without a tokenizer: the probe is all
     cut = cut_windows(tokens, length)[:_WINDOWS]
     if not len(cut):
         raise DataError(
             f"{file} gives {tokens.numel()} tokens, but one window needs {length}: give more text."
         )
-    return {"probe": probe[:, : longest - 1], "text": cut}
+    return probe | {"text": cut}
 
 
 # --- the engine's answer ---

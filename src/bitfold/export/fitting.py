@@ -201,6 +201,11 @@ def _packed(method: str) -> Rule:
                     yield Misfit(
                         f"{_several(those)} weights that cannot be said in {method}: {reason}"
                     )
+        if method == "gptq" and not all(scheme.symmetric for _, scheme in alike):
+            yield Misfit(
+                "vLLM loads GPTQ's format with symmetric weights only: set weight.symmetric=true if it is to go there",
+                stops=False,
+            )
         yield from _inputs_left_out(planned, f"{method} has weights alone")
 
     return rule
