@@ -91,7 +91,6 @@ def open_gguf(path: Path) -> GgufFile:
 
     Raises CheckpointError for a file that is no GGUF file, or damaged; MissingExtraError without the package gguf.
     """
-    gguf_package()
     try:
         with path.open("rb") as stream:
             magic = stream.read(len(_MAGIC))
@@ -101,8 +100,9 @@ def open_gguf(path: Path) -> GgufFile:
         ) from error
     if magic != _MAGIC:
         raise CheckpointError(
-            f"{path} is no GGUF file: give one, or the directory of a checkpoint."
+            f"{path} is a file, but no GGUF file: give one, or the directory of a checkpoint."
         )
+    gguf_package()
     try:
         content = np.memmap(path, dtype=np.uint8, mode="r")
         head = read_head(content)
