@@ -121,6 +121,26 @@ def test_tokens_are_the_same(
     assert back.special_tokens_map == original.special_tokens_map
 
 
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_a_space_that_is_spared_is_said(
+    trained: tuple[list[str], list[tuple[str, str]]], scheme: str, tmp_path: Path
+) -> None:
+    """As in newer tokenizers of Llama 2 and Mistral."""
+    content = content_of(trained, first=True)
+    content["normalizer"] = None
+    content["pre_tokenizer"] = {
+        "type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme, "split": False
+    }  # fmt: skip
+    model = with_tokenizer(tmp_path / "model", content)
+    exported = export_to(model, "gguf", tmp_path / "model.gguf")
+    assert "puts a space before every text" in exported.notes[-1]
+    tokenizer = load_tokenizer(model)
+    with LlamaCpp(tmp_path / "model.gguf", context=8) as engine:
+        for text in TEXTS:
+            same = engine.tokenize(text, special=True) == tokenizer(text)["input_ids"]
+            assert same != text.startswith(" "), text
+
+
 def _unlisted(content: dict[str, Any]) -> None:
     del content["model"]["merges"][5]
 

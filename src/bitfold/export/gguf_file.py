@@ -74,7 +74,7 @@ def export_gguf(model: StoredModel, out: Path, progress: Progress) -> Exported:
     partial = out.with_name(f".{out.name}.partial")
     writer = gguf.GGUFWriter(partial, dialect.architecture)
     try:
-        _add_head(writer, model, config, dialect)
+        spoken = _add_head(writer, model, config, dialect)
         sums, types, notes = {}, Counter[str](), []
         worst = change = 0.0
         for done, (name, place) in enumerate(names.items()):
@@ -107,7 +107,12 @@ def export_gguf(model: StoredModel, out: Path, progress: Progress) -> Exported:
     finally:
         partial.unlink(missing_ok=True)
     progress(1, 1, "done")
-    said = (*unstored(notes, "16 bits or more", change), *_notes(model), *rounded_scales(worst))
+    said = (
+        *unstored(notes, "16 bits or more", change),
+        *_notes(model),
+        *rounded_scales(worst),
+        *spoken,
+    )
     return Exported(out, "gguf", out.stat().st_size, dict(types), said)
 
 
@@ -128,8 +133,8 @@ def _names(model: StoredModel, dialect: Dialect, gguf: Any, config: Any) -> dict
     return result
 
 
-def _add_head(writer: Any, model: StoredModel, config: Any, dialect: Dialect) -> None:
-    """Everything before the tensors."""
+def _add_head(writer: Any, model: StoredModel, config: Any, dialect: Dialect) -> tuple[str, ...]:
+    """Everything before the tensors; returns notes."""
     gguf = gguf_package()
     writer.add_name(model.checkpoint.path.name)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -137,7 +142,7 @@ def _add_head(writer: Any, model: StoredModel, config: Any, dialect: Dialect) ->
     add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     for key, value in settings(config, dialect).items():
         add[type(value)](f"{dialect.architecture}.{key}", value)
-    add_tokenizer(writer, model.checkpoint.path, config.vocab_size)
+    return add_tokenizer(writer, model.checkpoint.path, config.vocab_size)
 
 
 def _add_probe(writer: Any, directory: Path) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +13,28 @@ from torch import Tensor
 
 from bitfold.errors import CheckpointError
 from bitfold.export.ggml_unpacking import LAYOUTS, as_weight
+from bitfold.export.gguf_head import TensorInfo, read_head
 from bitfold.export.gguf_model import gguf_package
 from bitfold.numerics import QuantizedTensor
 
 __all__ = ["GgufFile", "GgufTensor", "open_gguf"]
 
+Bytes = NDArray[np.uint8]
 _MAGIC = b"GGUF"
-# What numpy and the package gguf raise for a file that ends too early, or says nonsense.
+# What Python, numpy and the package gguf raise for a file that ends too early, or says nonsense.
 _DAMAGE = (OSError, ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError)
 _WHOLE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """A tensor as it lies in the file: its type by ggml's name, its shape (rows first), and its bytes in the file, not
-    read yet."""
+    """A tensor as it lies in the file: its type by ggml's name, its shape (rows first), and its bytes [rows, bytes of a
+    row], not read yet."""
 
     name: str
     type: str
     shape: tuple[int, ...]
-    data: NDArray[Any]
+    data: Bytes
 
     @property
     def nbytes(self) -> int:
@@ -88,7 +91,6 @@ def open_gguf(path: Path) -> GgufFile:
 
     Raises CheckpointError for a file that is no GGUF file, or damaged; MissingExtraError without the package gguf.
     """
-    gguf = gguf_package()
     try:
         with path.open("rb") as stream:
             magic = stream.read(len(_MAGIC))
@@ -98,24 +100,20 @@ def open_gguf(path: Path) -> GgufFile:
         ) from error
     if magic != _MAGIC:
         raise CheckpointError(
-            f"{path} is no GGUF file: give one, or the directory of a checkpoint."
+            f"{path} is a file, but no GGUF file: give one, or the directory of a checkpoint."
         )
+    gguf_package()
     try:
-        reader = gguf.GGUFReader(path)
-        settings = {name: field.contents() for name, field in reader.fields.items()}
+        content = np.memmap(path, dtype=np.uint8, mode="r")
+        head = read_head(content)
         tensors = {
-            one.name: GgufTensor(
-                one.name,
-                one.tensor_type.name,
-                tuple(int(size) for size in reversed(one.shape)),
-                one.data,
-            )
-            for one in reader.tensors
+            name: _tensor(name, info, content, head.end) for name, info in head.tensors.items()
         }
     except _DAMAGE as error:
         raise CheckpointError(
             f"{path} is truncated or damaged ({_said(error)}): make or download it again."
         ) from error
+    settings = head.settings
     if not isinstance(settings.get("general.architecture"), str):
         raise CheckpointError(f"{path} names no architecture: it holds no model; use another file.")
     if any(key.startswith("split.") for key in settings) and settings.get("split.count", 1) > 1:
@@ -126,13 +124,29 @@ def open_gguf(path: Path) -> GgufFile:
     return GgufFile(path, settings, tensors)
 
 
+def _tensor(name: str, info: TensorInfo, content: Bytes, end: int) -> GgufTensor:
+    """A tensor and its bytes; ValueError for a type that is not known, and for one that goes beyond the file."""
+    gguf = gguf_package()
+    kind = gguf.GGMLQuantizationType(info.type)
+    inputs, size = gguf.GGML_QUANT_SIZES[kind]
+    *rest, columns = info.shape
+    if columns % inputs:
+        raise ValueError(f"{name} has rows of {columns}, and blocks of {inputs}")
+    row, rows, start = columns // inputs * size, prod(rest), end + info.start
+    if start + rows * row > len(content):
+        raise ValueError(f"it ends within {name}")
+    return GgufTensor(
+        name, kind.name, info.shape, content[start : start + rows * row].reshape(*rest, row)
+    )
+
+
 def _value(tensor: GgufTensor) -> QuantizedTensor | Tensor:
     raw = np.array(tensor.data)  # a copy, so that the file is not kept open
     if tensor.type in _WHOLE:
-        bits = torch.from_numpy(np.ascontiguousarray(raw).view(np.uint8).reshape(-1))
+        bits = torch.from_numpy(raw.reshape(-1))
         return bits.view(_WHOLE[tensor.type]).reshape(tensor.shape)
     if tensor.type in LAYOUTS and len(tensor.shape) == 2:
-        return as_weight(raw.view(np.uint8), tensor.type)
+        return as_weight(raw, tensor.type)
     gguf = gguf_package()
     values = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[tensor.type])
     return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).reshape(tensor.shape)

@@ -12,7 +12,7 @@ from typing import Any
 
 from bitfold.errors import ExportError
 
-__all__ = ["SPACE", "byte_pieces", "piece_scores", "puts_space_first"]
+__all__ = ["SPACE", "byte_pieces", "piece_scores", "puts_space_first", "spares_space"]
 
 SPACE = "\u2581"
 """What stands for a space in the pieces: ▁."""
@@ -22,19 +22,32 @@ _PREPEND = {"type": "Prepend", "prepend": SPACE}
 
 
 def puts_space_first(content: Mapping[str, Any]) -> bool | None:
-    """Whether a tokenizer.json of SentencePiece's kind puts a space before a text; None for one of another kind."""
+    """Whether a tokenizer.json of SentencePiece's kind puts a space before a text; None for one of another kind.
+
+    One that does so only where there is none yet (`Metaspace`, see `spares_space`) counts as one that does.
+    """
     model = content["model"]
     if model["type"] != "BPE" or not model.get("byte_fallback"):
         return None
     normalizer, before = content.get("normalizer") or {}, content.get("pre_tokenizer")
     steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
     # Gemma's: it splits at spaces, of which the normalizer has left none.
+    if not steps and spares_space(content):
+        return True
     idle = before is None or (before["type"] == "Split" and before["pattern"] == {"String": " "})
     if idle and steps == [_PREPEND, _REPLACE]:
         return True
     if idle and steps == [_REPLACE]:
         return False
     return None
+
+
+def spares_space(content: Mapping[str, Any]) -> bool:
+    """Whether no space is put before a text that begins with one, where llama.cpp puts one before every text."""
+    before = content.get("pre_tokenizer") or {}
+    wanted = {"type": "Metaspace", "replacement": SPACE, "split": False}
+    schemes = ("first", "always")
+    return wanted.items() <= before.items() and before.get("prepend_scheme") in schemes
 
 
 def byte_pieces(vocabulary: Mapping[str, int], file: Path) -> list[int]:

@@ -9,7 +9,12 @@ from tokenizers import Tokenizer
 
 from bitfold.errors import ExportError
 from bitfold.export.gguf_model import gguf_package
-from bitfold.export.gguf_sentencepiece import byte_pieces, piece_scores, puts_space_first
+from bitfold.export.gguf_sentencepiece import (
+    byte_pieces,
+    piece_scores,
+    puts_space_first,
+    spares_space,
+)
 from bitfold.models.headers import read_json
 
 __all__ = ["PATTERNS", "add_tokenizer", "check_tokenizer"]
@@ -23,8 +28,9 @@ PATTERNS = {
 """The regular expressions of `Split` before byte-level BPE, and llama.cpp's names for them (llama-vocab.cpp)."""
 
 
-def add_tokenizer(writer: Any, directory: Path, vocabulary: int) -> None:
-    """Give a `gguf.GGUFWriter` the tokenizer of a checkpoint: tokens, merges, special tokens, chat template.
+def add_tokenizer(writer: Any, directory: Path, vocabulary: int) -> tuple[str, ...]:
+    """Give a `gguf.GGUFWriter` the tokenizer of a checkpoint: tokens, merges, special tokens, chat template; returns
+    notes on what llama.cpp does otherwise.
 
     vocabulary: rows of the embeddings; places without a token get a name that no text has.
     Raises ExportError for a tokenizer that bitfold cannot say there.
@@ -66,6 +72,11 @@ def add_tokenizer(writer: Any, directory: Path, vocabulary: int) -> None:
     special = gguf.SpecialVocab(directory, load_merges=space_first is None, n_vocab=vocabulary)
     special.add_special_token |= _added_around(file, special.special_token_ids)
     special.add_to_gguf(writer, quiet=True)
+    if not spares_space(content):
+        return ()
+    return (
+        "llama.cpp puts a space before every text, this tokenizer only before one that does not begin with a space",
+    )
 
 
 def check_tokenizer(directory: Path) -> str:

@@ -35,7 +35,9 @@ def find_checkpoint(model: str | Path, *, with_code: bool = False) -> Path:
             f"The directory {model} cannot be read ({error.strerror}): check the path."
         ) from error
     if is_file:
-        raise CheckpointError(f"{model} is a file: give the directory of a checkpoint.")
+        raise CheckpointError(
+            f"{model} is a file: give the directory of a checkpoint; `bitfold import` makes one of a GGUF file."
+        )
     if isinstance(model, Path) or not HUB_NAME.fullmatch(model):
         raise CheckpointError(
             f"There is no directory {model}: check the path, or give a name on the hub."
