@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import bitfold
 from bitfold.export.reading import read_model
-from bitfold.runtime.activation import quantize_input
+from bitfold.numerics.activation import quantize_input
 
 __all__ = ["DEMO", "IDS", "distance", "edit", "exactly", "flip", "quantized"]
 

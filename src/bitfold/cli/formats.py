@@ -18,7 +18,10 @@ def export(
         typer.Argument(metavar="ARTIFACT", help="What `bitfold quantize` wrote, or a checkpoint."),
     ],
     to: Annotated[
-        str, typer.Option(help="gguf (llama.cpp), onnx (ONNX Runtime), openvino, gptq or awq.")
+        str,
+        typer.Option(
+            help="gguf (llama.cpp), onnx (ONNX Runtime), openvino, torch (torch.export), gptq or awq."
+        ),
     ],
     out: Annotated[
         Path, typer.Option("-o", "--out", help="The exact path: a file for gguf, else a directory.")

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from bitfold.errors import ExportError
-from bitfold.export import native
 from bitfold.export.artifact import companion_files, copy_companions
 from bitfold.export.reading import StoredModel
 
@@ -44,9 +43,10 @@ def copy_companions_of(model: StoredModel, directory: Path) -> None:
 
 
 def unpacks_in_scales(model: StoredModel) -> bool:
-    """Whether the artifact's own loader, and with it the simulation, unpacks weights in the dtype of their scales."""
+    """Whether the artifact's own loader, and with it the simulation, unpacks weights in the dtype of their scales:
+    compressed-tensors does where it does so once, at loading."""
     settings = model.config.get("quantization_config") or {}
-    return settings.get("quant_method") not in (None, native.NAME)
+    return bool(settings.get("dequantize"))
 
 
 def missing_tokenizer(model: StoredModel) -> Iterator[str]:

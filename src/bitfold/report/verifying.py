@@ -104,10 +104,17 @@ def _openvino() -> Verifier:
     return "OpenVINO directory", "OpenVINO", verify_openvino
 
 
+def _torch() -> Verifier:
+    from bitfold.engines.verify_torch import verify_torch
+
+    return "graph of torch.export", "torch.export", verify_torch
+
+
 # By the format that is said in export.json. What says none is damaged, as the first of them says.
 _DIRECTORIES: Mapping[str | None, Callable[[], Verifier]] = {
     "onnx": _onnx,
     "openvino": _openvino,
+    "torch": _torch,
 }
 
 
