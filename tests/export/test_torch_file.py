@@ -57,6 +57,7 @@ SCHEMES = {
     ),
     "fp8": (compressed_tensors, scheme("wfp8afp8"), torch.float32),
     "nf4": (native, scheme("wnf4a16g32"), torch.bfloat16),
+    "nvfp4": (compressed_tensors, scheme("wnvfp4anvfp4"), torch.bfloat16),
     "mxfp4": (native, scheme("wmxfp4a16"), torch.float32),
 }
 

@@ -22,7 +22,6 @@ class _RoundedInput(nn.Module):
 
     bias: Tensor | None
     input_scale: Tensor | None
-    input_share: Tensor | None
     input_zero_point: Tensor | None
     input_clusters: Tensor | None
 
@@ -35,17 +34,18 @@ class _RoundedInput(nn.Module):
         """calibrated: of the input (`StoredModel.calibrated`)."""
         super().__init__()
         self._activation = activation
-        for name in ("input_scale", "input_share", "input_zero_point", "input_clusters"):
-            self.register_buffer(name, calibrated.get(name))
+        ranges = ("input_scale", "input_share", "input_global_scale")  # a scheme has one of them
+        scale = next((calibrated[name] for name in ranges if name in calibrated), None)
+        self.register_buffer("input_scale", scale)
+        self.register_buffer("input_zero_point", calibrated.get("input_zero_point"))
+        self.register_buffer("input_clusters", calibrated.get("input_clusters"))
         self.register_buffer("bias", bias)
 
     def _rounded(self, x: Tensor) -> Tensor:
         if self._activation is None:
             return x
-        scale = self.input_scale if self.input_share is None else self.input_share
-        return quantize_input(
-            x, self._activation, scale, self.input_zero_point, self.input_clusters
-        )
+        point, clusters = self.input_zero_point, self.input_clusters
+        return quantize_input(x, self._activation, self.input_scale, point, clusters)
 
 
 class PackedLinear(_RoundedInput):
