@@ -26,7 +26,7 @@ def test_onnx_from_the_command_line(run: Run, artifact: Path, tmp_path: Path) ->
     compared = run(f"verify {out} --against {artifact} --text {text} --json").json["text"]
     assert abs(compared["perplexity_engine"] / compared["perplexity_simulation"] - 1) < 0.01
     assert "ONNX Runtime differ" in " ".join(run(f"verify {out}").out.split())
-    assert "give --against" in run(f"verify {out} --text {text}").err
+    assert "give both, or neither" in run(f"verify {out} --text {text}").err
     assert "leave --engine" in run(f"verify {out} --engine vllm").err
 
 

@@ -8,7 +8,7 @@ import torch
 
 from bitfold.errors import ExportError
 from bitfold.numerics import TensorScheme
-from bitfold.runtime.activation import quantize_input
+from bitfold.numerics.activation import quantize_input
 
 pytest.importorskip("onnx", reason="the extra 'onnx' is not installed")
 pytest.importorskip("onnxruntime", reason="the extra 'onnx' is not installed")

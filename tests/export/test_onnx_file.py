@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from exact_models import DEMO, IDS, distance, edit, exactly, flip, quantized
+from transformers import AutoConfig, AutoTokenizer
 
 import bitfold
 from bitfold.errors import (
@@ -21,8 +21,6 @@ from bitfold.errors import (
     VerificationError,
 )
 from bitfold.export.exporting import export_to
-from bitfold.export.reading import read_model
-from bitfold.runtime.activation import quantize_input
 from models_zoo import CONFIGS, TOKENS, Zoo
 
 pytest.importorskip("onnx", reason="the extra 'onnx' is not installed")
@@ -31,40 +29,7 @@ pytest.importorskip("onnxruntime", reason="the extra 'onnx' is not installed")
 from bitfold.engines.onnx_runtime import OnnxRuntime
 from bitfold.engines.verify_onnx import verify_onnx
 
-DEMO = Path(bitfold.__file__).parent / "assets" / "tiny-llama"
-IDS = torch.arange(48) * 37 % 4096
 TEXT = "The tower was built in 1889 and"
-
-
-def exactly(directory: Path) -> PreTrainedModel:
-    """A checkpoint in float32: s · (q − z) as it is, and inputs rounded as the simulation rounds them."""
-    stored = read_model(directory)
-    config = AutoConfig.from_pretrained(directory)
-    config.__dict__.pop("quantization_config", None)
-    model = AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, attn_implementation="eager"
-    )
-    for name in stored.names:
-        value = stored.read(name)
-        value = value.float() if isinstance(value, Tensor) else value.dequantize(torch.float32)
-        model.get_parameter(name).data = value
-    for name, scheme in stored.schemes.items():
-        if scheme.activation is not None:
-            found = stored.calibrated(name)
-            parts = [found.get("input_scale", found.get("input_share"))]
-            parts += [found.get(f"input_{part}") for part in ("zero_point", "clusters")]
-
-            def rounded(module, args, asked=scheme.activation, parts=parts):
-                return (quantize_input(args[0], asked, *parts),)
-
-            model.get_submodule(name).register_forward_pre_hook(rounded)
-    model.tie_weights()
-    return model.eval()
-
-
-def distance(found: Tensor, expected: Tensor) -> float:
-    """Largest difference of the logits, over their spread."""
-    return float((found - expected).abs().max() / expected.std())
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -95,7 +60,7 @@ def test_rotary_embeddings(
     family: str, rotary: dict[str, object], checkpoint: Zoo, tmp_path: Path
 ) -> None:
     model = shutil.copytree(checkpoint(family, torch.float32), tmp_path / "model")
-    _edit(model / "config.json", rope_parameters=rotary | {"rope_theta": 10000.0})
+    edit(model / "config.json", rope_parameters=rotary | {"rope_theta": 10000.0})
     export_to(model, "onnx", tmp_path / "out")
     with torch.no_grad():
         expected = exactly(model)(TOKENS[:1]).logits[0]
@@ -128,11 +93,6 @@ def test_a_batch_with_padding(checkpoint: Zoo, tmp_path: Path) -> None:
         )
     assert distance(logits[0], first) < 1e-5
     assert distance(logits[1, 9:], second) < 1e-5
-
-
-def quantized(out: Path, scheme: str, *settings: str, method: str = "rtn") -> Path:
-    bitfold.quantize(DEMO, out, method=method, scheme=scheme, set=settings, samples=2)
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +225,7 @@ def test_the_graph_is_valid_onnx(directory: Path) -> None:
 def test_a_flipped_bit_is_named(directory: Path, tmp_path: Path, name: str) -> None:
     damaged = shutil.copytree(directory, tmp_path / "damaged")
     place = json.loads((damaged / "export.json").read_text())["tensors"][name]
-    _flip(damaged / "model.onnx.data", place["offset"] + place["length"] // 2)
+    flip(damaged / "model.onnx.data", place["offset"] + place["length"] // 2)
     with pytest.raises(VerificationError, match=f"{name} in .* is not what was written"):
         verify_onnx(damaged)
 
@@ -275,7 +235,7 @@ def test_a_flipped_bit_is_named(directory: Path, tmp_path: Path, name: str) -> N
 )
 def test_a_file_that_was_changed_is_named(directory: Path, tmp_path: Path, name: str) -> None:
     damaged = shutil.copytree(directory, tmp_path / "damaged")
-    _flip(damaged / name, (damaged / name).stat().st_size // 2)
+    flip(damaged / name, (damaged / name).stat().st_size // 2)
     with pytest.raises(VerificationError, match=rf"{name} is not what was written"):
         verify_onnx(damaged)
     (damaged / name).unlink()
@@ -374,7 +334,7 @@ def test_models_that_are_not_written(
     settings: dict[str, object], sentence: str, checkpoint: Zoo, tmp_path: Path
 ) -> None:
     model = shutil.copytree(checkpoint("llama", torch.float32), tmp_path / "model")
-    _edit(model / "config.json", **settings)
+    edit(model / "config.json", **settings)
     with pytest.raises(ExportError, match=sentence):
         export_to(model, "onnx", tmp_path / "out")
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
@@ -392,15 +352,3 @@ def test_places_that_cannot_be_written(artifact: Path, directory: Path, tmp_path
     with pytest.raises(ExportError, match="did you mean 'compact'"):
         export_to(artifact, "onnx", tmp_path / "model", form="compat")
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
-
-
-def _edit(file: Path, **settings: object) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
-
-
-def _flip(file: Path, place: int) -> None:
-    with file.open("r+b") as stream:
-        stream.seek(place)
-        byte = stream.read(1)
-        stream.seek(place)
-        stream.write(bytes([byte[0] ^ 1]))

@@ -30,8 +30,8 @@ from bitfold.numerics import (
     scale_dtype_of,
     to_groups,
 )
+from bitfold.numerics.activation import quantize_input
 from bitfold.numerics.scheme import GridName
-from bitfold.runtime.activation import quantize_input
 from bitfold.runtime.attention import ATTENTION, HeadQuantizers, set_head_quantizers
 from models_zoo import TOKENS
 

@@ -10,7 +10,7 @@ import bitfold
 from bitfold.allocation import candidates
 from bitfold.assets import DEMO_MODEL
 from bitfold.errors import BitfoldError, ExportError, RecipeError
-from bitfold.export.exporting import export_to
+from bitfold.export.exporting import TARGETS, export_to
 from bitfold.export.reading import read_model
 from bitfold.numerics import QuantizedTensor, TensorScheme
 from bitfold.numerics.stored_scale import block_steps
@@ -35,7 +35,8 @@ def test_what_is_said_before_is_what_happens(
     pytest.importorskip("gguf", reason="the extra 'gguf' is not installed")
     options = {"method": "rtn", "scheme": scheme, "set": changed}
     bitfold.quantize(DEMO_MODEL, tmp_path / "a", **options)
-    for format in ("gguf", "gptq", "awq", "onnx"):
+    pytest.importorskip("openvino", reason="the extra 'openvino' is not installed")
+    for format in TARGETS:
         said = exported = notes = ""
         try:
             bitfold.quantize(DEMO_MODEL, tmp_path / "b", **options, meant_for=format, dry_run=True)

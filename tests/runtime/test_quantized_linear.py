@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from bitfold.export import native
 from bitfold.export.layout import LayerEntry, WeightFormat, input_tensors
 from bitfold.numerics import CodebookShape, QuantizedTensor, Scheme, TensorScheme, to_groups
-from bitfold.runtime.activation import quantize_input
+from bitfold.numerics.activation import quantize_input
 from bitfold.runtime.quantized_linear import QuantizedLinear
 
 OUT, IN = 10, 96

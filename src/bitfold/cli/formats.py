@@ -17,7 +17,12 @@ def export(
         Path,
         typer.Argument(metavar="ARTIFACT", help="What `bitfold quantize` wrote, or a checkpoint."),
     ],
-    to: Annotated[str, typer.Option(help="gguf (llama.cpp), onnx (ONNX Runtime), gptq or awq.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="gguf (llama.cpp), onnx (ONNX Runtime), openvino, torch (torch.export), gptq or awq."
+        ),
+    ],
     out: Annotated[
         Path, typer.Option("-o", "--out", help="The exact path: a file for gguf, else a directory.")
     ],

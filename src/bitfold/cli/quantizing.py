@@ -56,14 +56,14 @@ def quantize(
         typer.Option(
             "--for",
             metavar="NAME,…",
-            help="Say what would not fit: gguf, onnx, gptq, awq, vllm, transformers.",
+            help="Say what would not fit there: transformers, vllm, and the formats of --to.",
             **_ENGINES,
         ),
     ] = None,
     to: Annotated[
         str | None,
         typer.Option(
-            help="Export at once, to OUT.gguf or OUT-FORMAT: gguf,onnx,gptq,awq; implies --for.",
+            help="Export at once, to OUT.gguf or OUT-NAME: gguf,onnx,openvino,torch,gptq,awq; implies --for.",
             metavar="NAME,…",
             **_ENGINES,
         ),

@@ -1,4 +1,4 @@
-"""What is exported, in its engine, held against the simulation: what `verify_gguf` and `verify_onnx` share."""
+"""What is exported, in its engine, held against the simulation: what all `verify_…` of this package share."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager

@@ -9,8 +9,10 @@ from bitfold.errors import ExportError, did_you_mean
 from bitfold.export.exported import Exported, Progress, check_place
 from bitfold.export.gguf_file import export_gguf
 from bitfold.export.onnx_file import export_onnx
+from bitfold.export.openvino_file import export_openvino
 from bitfold.export.packed_directory import export_awq, export_gptq
 from bitfold.export.reading import StoredModel, read_model
+from bitfold.export.torch_file import export_torch
 
 __all__ = ["TARGETS", "Target", "export_to"]
 
@@ -34,6 +36,8 @@ TARGETS: dict[str, Target] = {
         {form: partial(export_onnx, form=form) for form in ("fast", "compact", "tensorrt")},
         directory=True,
     ),
+    "openvino": Target({"openvino": export_openvino}, directory=True),
+    "torch": Target({"torch": export_torch}, directory=True),
 }
 
 
@@ -49,7 +53,8 @@ def export_to(
     """Write an artifact, or a checkpoint that is not quantized, in the format of another engine.
 
     to: `gguf`, one file for llama.cpp; `gptq` and `awq`, directories for the engines that read those; `onnx`, a
-    directory for ONNX Runtime. out: the exact path.
+    directory for ONNX Runtime; `openvino`, one for OpenVINO; `torch`, one with a
+    graph of torch.export. out: the exact path.
     form: of onnx `fast` (the usual one: all integers in 4 bits, or in two times 4), `compact` (in 2, 4 or 8) or
     `tensorrt` (explicit QuantizeLinear and DequantizeLinear of 8 bits, the rest in half precision).
     progress: (steps done, of how many, which).

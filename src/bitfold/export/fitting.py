@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from bitfold.errors import ExportError, did_you_mean
 from bitfold.export import compressed_tensors
@@ -14,6 +14,7 @@ from bitfold.export.layout import Layout, Refusal
 from bitfold.models.checkpoint import Checkpoint
 from bitfold.models.config import read_config
 from bitfold.numerics import Scheme, TensorScheme
+from bitfold.numerics.scheme import GridName
 from bitfold.numerics.stored_scale import could_be_in_blocks
 
 __all__ = [
@@ -211,25 +212,33 @@ def _packed(method: str) -> Rule:
     return rule
 
 
-def _onnx(planned: Planned) -> Iterator[Misfit]:
-    yield from _folded(planned)
-    if any(entry.scheme.quantizes_attention for entry in planned.layout.attention.values()):
-        yield Misfit(
-            "ONNX is written without quantized queries, keys and values: leave q and kv out of the scheme"
-        )
-    others = [n for n, s in planned.weights.items() if s.grid != "int"]
-    if others:
-        yield Misfit(
-            f"{_several(others)} {planned.weights[others[0]].describe()} weights, which would take 16 or 32 bits in "
-            "ONNX: choose integers such as w4a16g32",
-        )
+def _graph(name: str, grids: Collection[str]) -> Rule:
+    """Of formats that are a graph. grids: of weights, which it has a place for."""
+
+    def rule(planned: Planned) -> Iterator[Misfit]:
+        yield from _folded(planned)
+        if any(entry.scheme.quantizes_attention for entry in planned.layout.attention.values()):
+            yield Misfit(
+                f"{name} is written without quantized queries, keys and values: leave q and kv out of the scheme"
+            )
+        for names, scheme in _alike(planned):
+            if scheme.grid not in grids:
+                yield Misfit(
+                    f"{_several(names)} {scheme.describe()} weights, which would take 16 or 32 bits in {name}: choose "
+                    "integers such as w4a16g32"
+                )
+
+    return rule
 
 
+_EVERY_GRID = get_args(GridName)
 ENGINES: dict[str, Rule] = {
     "transformers": _transformers,
     "vllm": _vllm,
     "gguf": _gguf,
-    "onnx": _onnx,
+    "onnx": _graph("ONNX", ("int",)),
+    "openvino": _graph("OpenVINO", [grid for grid in _EVERY_GRID if grid != "codebook"]),
+    "torch": _graph("torch.export's graph", _EVERY_GRID),
     "gptq": _packed("gptq"),
     "awq": _packed("awq"),
 }

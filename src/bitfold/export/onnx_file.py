@@ -1,20 +1,22 @@
 """An ONNX directory from an artifact: graph, weights, and what belongs to a model, for ONNX Runtime."""
 
-import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from transformers import PretrainedConfig
 
 from bitfold.errors import ExportError
-from bitfold.export import native
-from bitfold.export.artifact import companion_files, copy_companions
 from bitfold.export.directory import appearing, bytes_of
 from bitfold.export.exported import Exported, Progress, rounded_scales, unstored
+from bitfold.export.model_directory import (
+    copy_companions_of,
+    missing_tokenizer,
+    refuse_unsaid,
+    unpacks_in_scales,
+    write_json,
+)
 from bitfold.export.onnx_decoder import add_decoder
 from bitfold.export.onnx_genai import genai_config
 from bitfold.export.onnx_graph import DATA_FILE, Graph, onnx_package
@@ -38,7 +40,7 @@ def export_onnx(model: StoredModel, out: Path, progress: Progress, *, form: str)
     MissingExtraError without the package onnx.
     """
     onnx_package()
-    _check(model)
+    refuse_unsaid(model, "ONNX")
     config = read_config(model.checkpoint)
     blocks: Any = config
     steps = blocks.num_hidden_layers + 2
@@ -54,13 +56,15 @@ def export_onnx(model: StoredModel, out: Path, progress: Progress, *, form: str)
         (directory / GRAPH_FILE).write_bytes(content)
         if form == "tensorrt" and (faults := tensorrt_faults(directory / GRAPH_FILE)):
             raise ExportError(f"TensorRT would not take the graph: {faults[0]}.")
-        _add_rest(model, config, directory)
+        copy_companions_of(model, directory)
+        write_json(directory / "genai_config.json", genai_config(config, model.checkpoint.path))
         more = {
             "form": form,
             "input_bits": linears.input_bits,
-            "simulation_unpacks_in_half": linears.half_scales and _unpacks_in_scales(model),
+            "simulation_unpacks_in_half": linears.half_scales and unpacks_in_scales(model),
         }
-        write_sums(directory, "onnx", {n: asdict(s) for n, s in graph.stored.items()}, more)
+        sums = {name: asdict(place) for name, place in graph.stored.items()}
+        write_sums(directory, "onnx", sums, more, data=DATA_FILE)
         size = bytes_of(directory)
     progress(1, 1, "done")
     return Exported(out, "onnx", size, dict(linears.types), tuple(_notes(model, linears, form)))
@@ -75,37 +79,6 @@ def _started(data: BinaryIO, model: StoredModel, form: str) -> tuple[Graph, Line
     return graph, Linears(graph, model, form)
 
 
-def _check(model: StoredModel) -> None:
-    model.refuse_running("ONNX")
-    if model.quantizes_heads:
-        raise ExportError(
-            f"{model.checkpoint.path} quantizes queries, keys or values, which ONNX is written without: "
-            "quantize by a scheme that leaves them alone (without q and kv in its notation), or use another --to."
-        )
-
-
-def _add_rest(model: StoredModel, config: PretrainedConfig, directory: Path) -> None:
-    """Config, tokenizer, chat template, generation config, the probe, and what ONNX Runtime's generate() reads."""
-    source = model.checkpoint.path
-    left = ("quantization_config", "attn_implementation")
-    content = {key: value for key, value in model.config.items() if key not in left}
-    _write(directory / "config.json", content)
-    copy_companions(source, directory)
-    if (source / "verification.npz").is_file():
-        shutil.copyfile(source / "verification.npz", directory / "verification.npz")
-    _write(directory / "genai_config.json", genai_config(config, source))
-
-
-def _unpacks_in_scales(model: StoredModel) -> bool:
-    """Whether the artifact's own loader, and with it the simulation, unpacks weights in the dtype of their scales."""
-    settings = model.config.get("quantization_config") or {}
-    return settings.get("quant_method") not in (None, native.NAME)
-
-
-def _write(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
 def _notes(model: StoredModel, linears: Linears, form: str) -> Iterator[str]:
     yield from unstored(linears.unstored, "16 or 32 bits")
     few = {s.weight.bits for s in model.schemes.values() if s.weight and s.weight.grid == "int"}
@@ -117,7 +90,4 @@ def _notes(model: StoredModel, linears: Linears, form: str) -> Iterator[str]:
     if isinstance(linears, TensorRtLinears):
         yield "layers that are not quantized, and what is between layers, are in half precision"
         yield from rounded_scales(linears.scale_error)
-    if not any(
-        file.name.startswith("tokenizer") for file in companion_files(model.checkpoint.path)
-    ):
-        yield f"{model.checkpoint.path} has no tokenizer, so there is none beside the graph"
+    yield from missing_tokenizer(model)

@@ -52,6 +52,7 @@ class Graph:
         self._constants: dict[tuple[str, tuple[int, ...], bytes], Any] = {}
         self._inputs: list[Any] = []
         self._outputs: list[Any] = []
+        self._domains: set[str] = set()
         self._names = count()
         self.stored: dict[str, Stored] = {}
         self.scope = "model"
@@ -79,6 +80,7 @@ class Graph:
             kind, list(inputs), names, name=names[0], domain=domain, **attributes
         )
         self._nodes.append(node)
+        self._domains.add(domain)
         return names
 
     @contextmanager
@@ -157,8 +159,8 @@ class Graph:
         """The file model.onnx, without the weights."""
         helper = self._onnx.helper
         opset, representation = _BASIC_OPSET if self.basic else _OPSET
-        opsets = [helper.make_opsetid("", opset)]
-        opsets += [] if self.basic else [helper.make_opsetid(MICROSOFT, 1)]
+        others = sorted(self._domains - {""})
+        opsets = [helper.make_opsetid("", opset), *(helper.make_opsetid(d, 1) for d in others)]
         weights = [*self._weights, *self._constants.values()]
         graph = helper.make_graph(self._nodes, name, self._inputs, self._outputs, weights)
         model = helper.make_model(

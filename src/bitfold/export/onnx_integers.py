@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bitfold.numerics import QuantizedTensor
 
-__all__ = ["Packed", "block_size", "pack_compact", "pack_nibbles"]
+__all__ = ["Packed", "block_size", "in_bytes", "pack_compact", "pack_nibbles"]
 
 # The least that MatMulNBits takes, and the most that it takes of every number of bits.
 _LEAST, _MOST = 16, 256
@@ -89,12 +89,12 @@ def _unsigned(tensor: QuantizedTensor, block: int, bits: int) -> tuple[Tensor, T
 
 def _pack(integers: Tensor, scales: Tensor, zeros: Tensor, bits: int, block: int) -> Packed:
     usual = bool((zeros == 1 << (bits - 1)).all())
-    in_bytes = None if usual else _in_bytes(zeros, bits)
-    return Packed(bits, block, _in_bytes(integers, bits), scales, in_bytes)
+    points = None if usual else in_bytes(zeros, bits)
+    return Packed(bits, block, in_bytes(integers, bits), scales, points)
 
 
-def _in_bytes(values: Tensor, bits: int) -> Tensor:
-    """[..., n] → [..., ⌈n·bits/8⌉], the first in the lowest bits."""
+def in_bytes(values: Tensor, bits: int) -> Tensor:
+    """Values [..., n] uint8 of 2, 4 or 8 bits → [..., ⌈n·bits/8⌉], the first in the lowest bits."""
     each = 8 // bits
     values = torch.nn.functional.pad(values, (0, -values.shape[-1] % each))
     parts = values.unflatten(-1, (-1, each))

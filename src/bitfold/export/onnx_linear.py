@@ -157,6 +157,11 @@ class Linears:
         self.types[f"{len(parts)} × INT4" if len(parts) > 1 else f"INT{parts[0].bits}"] += (
             out * width
         )
+        return self._with_kept(layer, x, value, results)
+
+    def _with_kept(self, layer: str, x: str, value: QuantizedTensor, results: list[str]) -> str:
+        """The sum of products, and of that with the columns that are kept beside the codes."""
+        graph = self._graph
         if value.kept is not None and value.columns is not None:
             columns = graph.store(f"{layer}.weight.columns", value.columns)
             of_kept = graph.op("Gather", x, columns, axis=-1)

@@ -13,14 +13,14 @@ SUMS_FILE = "export.json"
 
 
 def write_sums(
-    directory: Path, format: str, tensors: Mapping[str, Any], more: Mapping[str, Any]
+    directory: Path, format: str, tensors: Mapping[str, Any], more: Mapping[str, Any], *, data: str
 ) -> None:
     """Write the format, the sum of each tensor's bytes (the caller's), and each small file's SHA-256.
 
-    The file with the tensors (`*.data`) has no sum of its own: its tensors have.
+    data: the file with the tensors, which has no sum of its own: its tensors have.
     """
     files = {
-        file.name: sha256_of(file) for file in sorted(directory.iterdir()) if file.suffix != ".data"
+        file.name: sha256_of(file) for file in sorted(directory.iterdir()) if file.name != data
     }
     content = {"format": format, **more, "tensors": dict(tensors), "files": files}
     (directory / SUMS_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from bitfold.numerics import Scheme, TensorScheme, fake_quantize_dynamic
-from bitfold.runtime.activation import quantize_input
+from bitfold.numerics.activation import quantize_input
 from bitfold.runtime.attention import HeadName, HeadQuantizers, set_head_quantizers
 
 __all__ = [

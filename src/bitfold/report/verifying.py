@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from bitfold.engines.sums import format_of
 from bitfold.export.sums import SUMS_FILE
 from bitfold.report import outcome, terminal
 from bitfold.report.ending import USAGE_ERROR
 from bitfold.report.progress import showing_steps
 
 __all__ = ["verify_and_print"]
+
+# What it is, the engine that it runs in, and what verifies it there.
+Verifier = tuple[str, str, Callable[..., Any]]
 
 
 def verify_and_print(
@@ -22,7 +27,7 @@ def verify_and_print(
     device: str,
     json: bool,
 ) -> None:
-    """An artifact in PyTorch, or in vLLM too; a GGUF file in llama.cpp; an ONNX directory in ONNX Runtime."""
+    """An artifact in PyTorch, or in vLLM too; a GGUF file in llama.cpp; other exports in their engines."""
     if Path(out).suffix == ".gguf" or (Path(out) / SUMS_FILE).is_file():
         result: Any = _exported(out, engine, engine_python, against, text)
         say = _say_exported
@@ -67,11 +72,8 @@ def _engine(out: str, engine: str, python: str | None, text: Path | None, device
 def _exported(
     out: str, engine: str | None, python: str | None, against: str | None, text: Path | None
 ) -> Any:
-    from bitfold.engines.verify_gguf import verify_gguf
-    from bitfold.engines.verify_onnx import verify_onnx
-
     gguf = Path(out).suffix == ".gguf"
-    what, its = ("GGUF file", "llama.cpp") if gguf else ("ONNX directory", "ONNX Runtime")
+    what, its, verify = _gguf() if gguf else _DIRECTORIES.get(format_of(Path(out)), _onnx)()
     if engine not in (None, its) or python is not None:
         raise USAGE_ERROR(
             f"This {what} runs in {its}, in this process: leave --engine and --engine-python out"
@@ -80,9 +82,40 @@ def _exported(
         raise USAGE_ERROR(
             f"--text FILE and --against ARTIFACT compare this {what} with its artifact: give both, or neither"
         )
-    verify = verify_gguf if gguf else verify_onnx
     with showing_steps() as say:
         return verify(Path(out), against=against, text=text, progress=say)
+
+
+def _gguf() -> Verifier:
+    from bitfold.engines.verify_gguf import verify_gguf
+
+    return "GGUF file", "llama.cpp", verify_gguf
+
+
+def _onnx() -> Verifier:
+    from bitfold.engines.verify_onnx import verify_onnx
+
+    return "ONNX directory", "ONNX Runtime", verify_onnx
+
+
+def _openvino() -> Verifier:
+    from bitfold.engines.verify_openvino import verify_openvino
+
+    return "OpenVINO directory", "OpenVINO", verify_openvino
+
+
+def _torch() -> Verifier:
+    from bitfold.engines.verify_torch import verify_torch
+
+    return "graph of torch.export", "torch.export", verify_torch
+
+
+# By the format that is said in export.json. What says none is damaged, as the first of them says.
+_DIRECTORIES: Mapping[str | None, Callable[[], Verifier]] = {
+    "onnx": _onnx,
+    "openvino": _openvino,
+    "torch": _torch,
+}
 
 
 def _say_artifact(result: Any) -> None:

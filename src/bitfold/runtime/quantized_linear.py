@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from bitfold.export.layout import input_buffers, input_scale_name
 from bitfold.export.native import unpack_weight
 from bitfold.numerics import Scheme, TensorScheme, packed_width
-from bitfold.runtime.activation import quantize_input
+from bitfold.numerics.activation import quantize_input
 
 __all__ = ["QuantizedLinear"]
 

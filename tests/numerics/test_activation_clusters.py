@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from bitfold.errors import RecipeError
 from bitfold.export.layout import LayerEntry, input_tensors
 from bitfold.numerics import Scheme, TensorScheme
-from bitfold.runtime.activation import quantize_input
+from bitfold.numerics.activation import quantize_input
 from bitfold.runtime.quantized_linear import QuantizedLinear
 
 STATIC = TensorScheme(bits=4, symmetric=False, granularity="cluster", clusters=3, static=True)

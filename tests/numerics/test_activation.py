@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bitfold.errors import RecipeError
 from bitfold.numerics import TensorScheme
-from bitfold.runtime.activation import quantize_input
+from bitfold.numerics.activation import quantize_input
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 GRIDS = [

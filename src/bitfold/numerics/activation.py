@@ -7,7 +7,8 @@ which compressed-tensors does not have.
 from torch import Tensor
 
 from bitfold.errors import RecipeError
-from bitfold.numerics import TensorScheme, fake_quantize, fake_quantize_dynamic
+from bitfold.numerics.quantize import fake_quantize, fake_quantize_dynamic
+from bitfold.numerics.scheme import TensorScheme
 
 __all__ = ["quantize_input"]
 
