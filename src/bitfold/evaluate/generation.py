@@ -6,7 +6,7 @@ import inspect
 import re
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from bitfold.runtime.load import load, load_tokenizer
 from bitfold.runtime.quick_loading import load_quick
 from bitfold.runtime.quicken import QuickLayer, forms_of
 
-__all__ = ["Generation", "generate"]
+__all__ = ["Generation", "generate", "greedy"]
 
 
 _LISTS = ("tokens", "cache_notes", "form_notes")
@@ -130,7 +130,9 @@ def generate(
     training = model.training
     model.eval()
     try:
-        tokens, prefill_seconds, decode_seconds = _greedy(model, prompt_T, max_new_tokens, cache)
+        tokens, prefill_seconds, decode_seconds = greedy(
+            model, prompt_T, max_new_tokens, cache, _end_tokens(model)
+        )
     finally:
         model.train(training)
     held = cache_memory(cache)
@@ -194,11 +196,14 @@ def _check_fits(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: int)
 
 
 @torch.no_grad()
-def _greedy(
-    model: PreTrainedModel, prompt_T: torch.Tensor, max_new_tokens: int, cache: Cache
+def greedy(
+    model: PreTrainedModel,
+    prompt_T: torch.Tensor,
+    max_new_tokens: int,
+    cache: Cache,
+    ends: Collection[int],
 ) -> tuple[list[int], float, float]:
-    """New token ids, and the seconds of prefill and of decoding."""
-    ends = _end_tokens(model)
+    """New token ids, and the seconds of prefill and of decoding, which stops at a token of `ends`."""
     # Only the last position's logits are needed; a long prompt's all would be gigabytes.
     last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
     options: dict[str, Any] = {"use_cache": True, "past_key_values": cache}
