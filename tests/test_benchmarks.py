@@ -113,3 +113,13 @@ def test_finished_rows_are_not_made_again(module: Any, tmp_path: Path) -> None:
     assert again.get(of, pytest.fail, "a") == made
     assert again.get(of | {"model": "b"}, lambda: {"kl": 2.0}, "b")["kl"] == 2.0
     assert made["bitfold"].startswith(bitfold.__version__)
+
+
+def test_decoding_compares_with_what_transformers_computes(module: Any, tmp_path: Path) -> None:
+    """Token by token through a cache are the logits of one pass, on the model that is timed."""
+    decoding = module("decoding")
+    model = decoding.plain(decoding.random_llama(tmp_path / "model", 256, 1), "float32")
+    ids = decoding.text_of(6)
+    found, wanted = decoding.by_token(model, ids), model(input_ids=ids).logits[0]
+    assert (found - wanted).norm() <= 1e-5 * wanted.norm()
+    assert decoding.write_plainly(model, ids, 5) == decoding.write_quickly(model, ids, 5)

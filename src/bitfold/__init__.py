@@ -20,6 +20,8 @@ from bitfold.recipe import Recipe
 from bitfold.runtime import hf_quantizer as _hf_quantizer  # noqa: F401 - registers the format
 from bitfold.runtime.kv_cache import quantized_cache
 from bitfold.runtime.load import load, load_tokenizer
+from bitfold.runtime.quick_loading import load_quick
+from bitfold.runtime.quicken import quicken
 from bitfold.version import VERSION as __version__  # noqa: N811
 
 __all__ = [
@@ -38,9 +40,11 @@ __all__ = [
     "generate",
     "import_checkpoint",
     "load",
+    "load_quick",
     "load_tokenizer",
     "quantize",
     "quantized_cache",
+    "quicken",
     "sensitivity",
     "verify",
     "write_kl_base",

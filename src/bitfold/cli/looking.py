@@ -79,6 +79,10 @@ def generate(
             help="2 to 8: keys and values are stored in so few; default: as the model says."
         ),
     ] = None,
+    exact: Annotated[
+        bool,
+        typer.Option("--exact", help="As evaluation and verify run it, not in quick forms."),
+    ] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     json: Json = False,
@@ -87,7 +91,13 @@ def generate(
     from bitfold.evaluate.generation import generate as run
 
     result = run(
-        model, prompt, max_new_tokens=max_new_tokens, device=device, dtype=dtype, kv_bits=kv_bits
+        model,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        device=device,
+        dtype=dtype,
+        kv_bits=kv_bits,
+        exact=exact,
     )
     if json:
         terminal.print_json(result.to_json())

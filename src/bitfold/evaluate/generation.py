@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import re
 import time
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,13 @@ from bitfold.errors import DataError
 from bitfold.evaluate.memory import peak_rss_mb
 from bitfold.runtime.kv_cache import PackedCache, cache_memory, quantized_cache, quantizes_cache
 from bitfold.runtime.load import load, load_tokenizer
+from bitfold.runtime.quick_loading import load_quick
+from bitfold.runtime.quicken import QuickLayer, forms_of
 
-__all__ = ["Generation", "generate"]
+__all__ = ["Generation", "generate", "greedy"]
+
+
+_LISTS = ("tokens", "cache_notes", "form_notes")
 
 
 @dataclass(frozen=True)
@@ -28,12 +35,16 @@ class Generation:
     text                       the new tokens as text, without the prompt and special tokens
     tokens                     their ids, an end-of-sequence token included
     prefill_seconds            from the prompt to the first new token
+    prompt_tokens_per_second   of the prompt, in that time
     decode_tokens_per_second   of the tokens after the first; None if there were none
     peak_rss_mb                MiB the whole process has held so far, loading included
     cache_bytes                of all tensors that the cache of keys and values holds at the end
     cache_bytes_per_token      the same over the tokens it has seen
     cache_bytes_bf16           of an ordinary cache in bfloat16
     cache_notes                what the user should know of the cache
+    forms                      how many layers ran in which quick form, `as loaded` those that have none; empty where
+                               nothing was made quick
+    form_notes                 why layers ran as loaded
     """
 
     text: str
@@ -47,10 +58,18 @@ class Generation:
     cache_bytes_per_token: float
     cache_bytes_bf16: int
     cache_notes: tuple[str, ...] = ()
+    forms: dict[str, int] = field(default_factory=dict)
+    form_notes: tuple[str, ...] = ()
+
+    @property
+    def prompt_tokens_per_second(self) -> float:
+        """Tokens of the prompt over the seconds to the first new one."""
+        return self.prompt_tokens / self.prefill_seconds
 
     def to_json(self) -> dict[str, Any]:
         """All fields under their names."""
-        return asdict(self) | {"tokens": list(self.tokens), "cache_notes": list(self.cache_notes)}
+        lists = {name: list(getattr(self, name)) for name in _LISTS}
+        return asdict(self) | lists | {"prompt_tokens_per_second": self.prompt_tokens_per_second}
 
 
 def generate(
@@ -64,6 +83,7 @@ def generate(
     trust_remote_code: bool = False,
     kv_bits: int | None = None,
     cache: Cache | None = None,
+    exact: bool = False,
 ) -> Generation:
     """Continue a prompt with the likeliest token each time, until end-of-sequence or the limit.
 
@@ -72,6 +92,10 @@ def generate(
 
     Keys and values are stored in few bits where the model is an artifact whose scheme quantizes them, or where
     `kv_bits` says so (`runtime/kv_cache.py`). `cache`: an empty one of transformers' kind to use instead.
+
+    An artifact that is loaded here, on a CPU, runs in quick forms (`runtime/quick_loading.py`), which round less than
+    bfloat16 does, and otherwise than `evaluate` and `verify`: where two tokens are about as likely, the other one may
+    come. `exact`: as those run it.
 
     Raises DataError for a prompt that is empty or does not fit the model's positions together with
     the new tokens, and for a cache that is not empty; RecipeError for bits that the cache cannot have, or that a scheme
@@ -89,8 +113,15 @@ def generate(
         if not isinstance(model, str | Path):
             raise DataError("A loaded model does not carry its tokenizer: pass tokenizer=.")
         tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    layers: list[QuickLayer] = []
     if isinstance(model, str | Path):
-        model = load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        with_code = trust_remote_code
+        if exact:
+            model = load(model, device=device, dtype=dtype, trust_remote_code=with_code)
+        else:
+            model, layers = load_quick(
+                model, device=device, dtype=dtype, trust_remote_code=with_code
+            )
     prompt_T = torch.tensor(tokenizer(prompt, verbose=False)["input_ids"], dtype=torch.int64)
     check_vocabulary(prompt_T, model.config.get_text_config().vocab_size)
     _check_fits(model, len(prompt_T), max_new_tokens)
@@ -99,7 +130,9 @@ def generate(
     training = model.training
     model.eval()
     try:
-        tokens, prefill_seconds, decode_seconds = _greedy(model, prompt_T, max_new_tokens, cache)
+        tokens, prefill_seconds, decode_seconds = greedy(
+            model, prompt_T, max_new_tokens, cache, _end_tokens(model)
+        )
     finally:
         model.train(training)
     held = cache_memory(cache)
@@ -115,6 +148,18 @@ def generate(
         cache_bytes_per_token=held.bytes / held.tokens,
         cache_bytes_bf16=held.bfloat16_bytes,
         cache_notes=cache.notes if isinstance(cache, PackedCache) else (),
+        forms=forms_of(layers),
+        form_notes=_form_notes(layers),
+    )
+
+
+def _form_notes(layers: Sequence[QuickLayer]) -> tuple[str, ...]:
+    """A sentence for each reason that there was."""
+    left = Counter(layer.why for layer in layers if layer.form is None)
+    first = {layer.why: layer.name for layer in reversed(layers)}
+    return tuple(
+        f"{count} {'layer runs as it was' if count == 1 else 'layers run as they were'} loaded ({first[why]}): {why}."
+        for why, count in left.items()
     )
 
 
@@ -151,11 +196,14 @@ def _check_fits(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: int)
 
 
 @torch.no_grad()
-def _greedy(
-    model: PreTrainedModel, prompt_T: torch.Tensor, max_new_tokens: int, cache: Cache
+def greedy(
+    model: PreTrainedModel,
+    prompt_T: torch.Tensor,
+    max_new_tokens: int,
+    cache: Cache,
+    ends: Collection[int],
 ) -> tuple[list[int], float, float]:
-    """New token ids, and the seconds of prefill and of decoding."""
-    ends = _end_tokens(model)
+    """New token ids, and the seconds of prefill and of decoding, which stops at a token of `ends`."""
     # Only the last position's logits are needed; a long prompt's all would be gigabytes.
     last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
     options: dict[str, Any] = {"use_cache": True, "past_key_values": cache}

@@ -75,7 +75,10 @@ def print_generation(result: Any, prompt: str) -> None:
         f"cache {result.cache_bytes:,} bytes, {result.cache_bytes_per_token:,.0f} a token "
         f"(in bfloat16 {result.cache_bytes_bf16:,})[/]"
     )
-    for note in result.cache_notes:
+    if result.forms:
+        layers = ", ".join(f"{count} {form}" for form, count in result.forms.items())
+        console.print(f"[dim]layers in quick forms: {layers}[/]")
+    for note in (*result.cache_notes, *result.form_notes):
         console.print(f"[dim]{escape(note)}[/]")
 
 

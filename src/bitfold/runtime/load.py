@@ -25,7 +25,7 @@ from bitfold.models.headers import read_json
 from bitfold.runtime.checkpoint import check_checkpoint, find_checkpoint
 from bitfold.runtime.device import resolve_device, resolve_dtype
 
-__all__ = ["load", "load_tokenizer"]
+__all__ = ["cannot_load", "check_report", "load", "load_tokenizer", "quiet"]
 
 VOCABULARIES = (
     "tokenizer.json",
@@ -59,7 +59,7 @@ def load(
     """
     device = resolve_device(device)
     dtype = resolve_dtype(dtype, device)
-    with _quiet():
+    with quiet():
         directory = find_checkpoint(model, with_code=trust_remote_code)
         check_checkpoint(directory)
         try:
@@ -73,12 +73,12 @@ def load(
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they come back in the report instead
             )
-            _check_report(directory, report, loaded.state_dict().keys())
+            check_report(directory, report, loaded.state_dict().keys())
             _decompress(loaded)
         except BitfoldError:
             raise
         except Exception as error:  # whatever transformers raises is about this checkpoint
-            raise _cannot_load(directory, error) from error
+            raise cannot_load(directory, error) from error
     return loaded.eval()
 
 
@@ -86,7 +86,7 @@ def load_tokenizer(
     model: str | Path, *, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint; CheckpointError if its files are missing or broken."""
-    with _quiet():
+    with quiet():
         directory = find_checkpoint(model, with_code=trust_remote_code)
         if not any(found for name in VOCABULARIES for found in directory.glob(name)):
             raise CheckpointError(
@@ -101,10 +101,10 @@ def load_tokenizer(
                 directory, local_files_only=True, trust_remote_code=trust_remote_code
             )
         except Exception as error:  # whatever transformers raises is about these files
-            raise _cannot_load(directory, error, "the tokenizer of ") from error
+            raise cannot_load(directory, error, "the tokenizer of ") from error
 
 
-def _check_report(directory: Path, report: dict[str, Any], names: Collection[str]) -> None:
+def check_report(directory: Path, report: dict[str, Any], names: Collection[str]) -> None:
     """Every weight of the model came from the checkpoint, and none of its layers was left over."""
     if mismatched := sorted(report["mismatched_keys"]):
         name, found, expected = mismatched[0]
@@ -153,7 +153,8 @@ def _decompress(model: PreTrainedModel) -> None:
     remove_dispatch(model, onload_tensors=True)
 
 
-def _cannot_load(directory: Path, error: Exception, what: str = "") -> CheckpointError:
+def cannot_load(directory: Path, error: Exception, what: str = "") -> CheckpointError:
+    """The error for whatever transformers raised over a checkpoint."""
     # Without a sentence of its own (KeyError: 'added_tokens') an error needs its name to be read.
     said = str(error) if " " in str(error) else f"{type(error).__name__} {error}"
     reason = textwrap.shorten(said, width=200, placeholder=" …")
@@ -164,7 +165,7 @@ def _cannot_load(directory: Path, error: Exception, what: str = "") -> Checkpoin
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars and no warnings of the libraries below; everything as it was, afterwards.
 
     Errors are exceptions, so nothing that matters is lost with stderr, which is the only way to
