@@ -10,7 +10,7 @@ from torch import Tensor
 from bitfold.models.family import FcPair, NormSite, QueryKey, Site, UpDown, ValueOutput
 from bitfold.numerics import Scheme, TensorScheme
 from bitfold.statistics import InputStatistics
-from bitfold.transforms import TRANSFORMS, Heads
+from bitfold.transforms import TRANSFORMS, Heads, awq
 from bitfold.transforms.awq import Awq
 from bitfold.transforms.groups import Diagonal
 from bitfold.transforms.smoothquant import SmoothQuant, smoothing_scale
@@ -225,6 +225,30 @@ def test_awq_counts_only_readers_that_are_quantized(counted: str, left_alone: st
     alone = part.fit(NormSite("norm", (counted,)), weights(), statistics(), schemes, HEADS)
     assert torch.equal(both.scale, alone.scale)
     assert not torch.equal(both.scale, torch.ones_like(both.scale))
+
+
+def test_awq_of_many_rows_is_as_good_by_a_part_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 4096 rows a quarter is looked at: what is found has the least error on all of them, or nearly."""
+    torch.manual_seed(0)
+    site = NormSite("norm", ("big",))
+    x = torch.randn(256, WIDTH, dtype=torch.float64) * torch.logspace(-1, 1, WIDTH)
+    wide = {"norm.weight": torch.ones(WIDTH), "big.weight": torch.randn(4096, WIDTH).double()}
+    seen = InputStatistics(frozenset({"channels", "gram"}), len(x))
+    seen.update(x)
+    schemes = {"big": Scheme.parse("w3a16")}
+    scales = {}
+    for rows in (1024, 4096):
+        monkeypatch.setattr(awq, "_ROWS", rows)
+        transform = Awq().fit(site, wide, seen, schemes, HEADS)
+        assert isinstance(transform, Diagonal)
+        scales[rows] = transform.scale
+    plain = torch.ones(WIDTH).double()
+    by_part, by_all, without = (
+        awq._output_error(scale, site, wide, seen.gram, schemes)
+        for scale in (scales[1024], scales[4096], plain)
+    )
+    assert by_all <= by_part <= 1.01 * by_all
+    assert by_part < 0.8 * without
 
 
 def test_awq_with_one_scale_per_tensor() -> None:
