@@ -39,7 +39,7 @@ IDENTITY = ("engine", "model", "by", "scheme", "settings")
 SYMMETRIC = "weight.symmetric=true"
 # Engine: schemes that it holds in the fewest bits, and the types of its own quantizer in as many.
 GGUF = {
-    f"w2a16g16:{SYMMETRIC}": ("Q2_K",),
+    "w2a16g256": ("Q2_K",),
     f"w3a16g16:{SYMMETRIC}": ("Q3_K",),
     f"w4a16g32:{SYMMETRIC}": ("Q4_0", "Q4_K"),
     f"w5a16g32:{SYMMETRIC}": ("Q5_0", "Q5_K"),
