@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bitfold.engines.stepwise import Stepwise
 from bitfold.errors import CheckpointError, MissingExtraError
 
 __all__ = ["LlamaCpp"]
@@ -45,7 +46,7 @@ _LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 _QUIET = _LOG(lambda level, text, data: None)
 
 
-class LlamaCpp:
+class LlamaCpp(Stepwise):
     """A GGUF file loaded in llama.cpp, on the CPU; a context manager, which gives its memory back."""
 
     def __init__(self, file: Path, *, context: int, threads: int | None = None) -> None:
@@ -94,11 +95,6 @@ class LlamaCpp:
         if self._model:
             self._library.llama_model_free(self._model)
         self._context = self._model = None
-
-    def logits(self, tokens: Tensor) -> Tensor:
-        """Logits [length, vocabulary] float32 behind every token id of one window [length]."""
-        self.start()
-        return self.decode(tokens.tolist())
 
     def start(self) -> None:
         """Forget all tokens."""

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bitfold.engines.stepwise import Stepwise
 from bitfold.errors import CheckpointError, MissingExtraError
 
 __all__ = ["OnnxRuntime"]
@@ -16,7 +17,7 @@ __all__ = ["OnnxRuntime"]
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
-class OnnxRuntime:
+class OnnxRuntime(Stepwise):
     """A model of one sequence with its cache. Attributes: vocabulary."""
 
     def __init__(self, directory: Path, *, threads: int | None = None) -> None:
@@ -54,11 +55,6 @@ class OnnxRuntime:
         self._cache: dict[str, NDArray[Any]] = self._empty
         self._position = 0
 
-    def logits(self, tokens: Tensor) -> Tensor:
-        """Logits [length, vocabulary] float32 behind every token id of one window [length]."""
-        self.start()
-        return self.decode(tokens.tolist())
-
     def decode(self, tokens: Sequence[int]) -> Tensor:
         """Logits [tokens, vocabulary] behind each token, which go on from those before."""
         end = self._position + len(tokens)
@@ -80,16 +76,6 @@ class OnnxRuntime:
         }
         self._position = end
         return torch.from_numpy(found[0][0])
-
-    def generate(self, prompt: Sequence[int], count: int) -> list[int]:
-        """So many tokens behind a prompt, each the likeliest."""
-        self.start()
-        found: list[int] = []
-        rest = list(prompt)
-        for _ in range(count):
-            found.append(int(self.decode(rest)[-1].argmax()))
-            rest = found[-1:]
-        return found
 
 
 def _package() -> Any:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bitfold.engines.stepwise import Stepwise
 from bitfold.errors import CheckpointError, EngineError
 from bitfold.export.openvino_graph import GRAPH_FILE
 from bitfold.export.openvino_package import openvino_package
@@ -15,7 +16,7 @@ from bitfold.export.openvino_package import openvino_package
 __all__ = ["OpenVino"]
 
 
-class OpenVino:
+class OpenVino(Stepwise):
     """A model of one sequence with its cache. Attributes: vocabulary."""
 
     def __init__(self, directory: Path, *, threads: int | None = None) -> None:
@@ -52,11 +53,6 @@ class OpenVino:
         self._request.reset_state()
         self._position = 0
 
-    def logits(self, tokens: Tensor) -> Tensor:
-        """Logits [length, vocabulary] float32 behind every token id of one window [length]."""
-        self.start()
-        return self.decode(tokens.tolist())
-
     def decode(self, tokens: Sequence[int]) -> Tensor:
         """Logits [tokens, vocabulary] behind each token, which go on from those before."""
         end = self._position + len(tokens)
@@ -75,16 +71,6 @@ class OpenVino:
             ) from error
         self._position = end
         return torch.from_numpy(self._request.get_tensor("logits").data[0].copy())
-
-    def generate(self, prompt: Sequence[int], count: int) -> list[int]:
-        """So many tokens behind a prompt, each the likeliest."""
-        self.start()
-        found: list[int] = []
-        rest = list(prompt)
-        for _ in range(count):
-            found.append(int(self.decode(rest)[-1].argmax()))
-            rest = found[-1:]
-        return found
 
 
 def _last_line(error: Exception) -> str:

@@ -9,6 +9,7 @@ from zipfile import BadZipFile, ZipFile
 import torch
 from torch import Tensor
 
+from bitfold.engines.stepwise import Stepwise
 from bitfold.errors import CheckpointError
 from bitfold.export.torch_file import PROGRAM_FILE
 
@@ -22,7 +23,7 @@ _PLAIN = re.compile(
 _EXAMPLES = "data/sample_inputs/model.pt"
 
 
-class TorchProgram:
+class TorchProgram(Stepwise):
     """A model of one sequence with its cache."""
 
     def __init__(self, directory: Path) -> None:
@@ -50,11 +51,6 @@ class TorchProgram:
         self._keys = self._values = self._empty
         self._position = 0
 
-    def logits(self, tokens: Tensor) -> Tensor:
-        """Logits [length, vocabulary] float32 behind every token id of one window [length]."""
-        self.start()
-        return self.decode(tokens.tolist())
-
     def decode(self, tokens: Sequence[int]) -> Tensor:
         """Logits [tokens, vocabulary] behind each token, which go on from those before."""
         end = self._position + len(tokens)
@@ -65,16 +61,6 @@ class TorchProgram:
             )
         self._position = end
         found: Tensor = logits[0]
-        return found
-
-    def generate(self, prompt: Sequence[int], count: int) -> list[int]:
-        """So many tokens behind a prompt, each the likeliest."""
-        self.start()
-        found: list[int] = []
-        rest = list(prompt)
-        for _ in range(count):
-            found.append(int(self.decode(rest)[-1].argmax()))
-            rest = found[-1:]
         return found
 
 
