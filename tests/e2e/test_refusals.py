@@ -167,7 +167,7 @@ def test_activations_beyond_the_dtype(method: str, run: Run, model: Path, tmp_pa
 # --- runs that are broken off ---
 
 BROKEN_OFF = [
-    (KeyboardInterrupt(), 130, "Interrupted: a quantization goes on"),
+    (KeyboardInterrupt(), 130, "Interrupted: the same command goes on where it was"),
     (MemoryError(), 1, "memory ran out"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "--samples"),
     (

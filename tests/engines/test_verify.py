@@ -20,6 +20,7 @@ from bitfold.engines.verify import check_engine, verify_in_engine
 from bitfold.errors import BitfoldError, EngineError, VerificationError
 from bitfold.export.exporting import export_to
 from bitfold.export.importing import import_checkpoint
+from bitfold.pipeline.probe import PROBE_FILE
 
 VLLM = os.environ.get("BITFOLD_VLLM_PYTHON")
 needs_vllm = pytest.mark.skipif(VLLM is None, reason="BITFOLD_VLLM_PYTHON names no vLLM's python")
@@ -84,7 +85,7 @@ def test_packed_weights_are_asked_for_in_the_dtype_of_serving(made: Path, made_w
 
 
 def test_windows_leave_room_for_a_token(made: Path, tmp_path: Path) -> None:
-    windows = module._windows(made, None)
+    windows = module._windows(made, None, made / PROBE_FILE)
     assert windows["text"].shape == (8, 256)
     out = Path(shutil.copytree(made, tmp_path / "short"))
     config = json.loads((out / "config.json").read_text())
