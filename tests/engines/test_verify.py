@@ -90,9 +90,9 @@ def test_windows_leave_room_for_a_token(made: Path, tmp_path: Path) -> None:
     out = Path(shutil.copytree(made, tmp_path / "short"))
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 32}))
-    assert {rows.shape[1] for rows in module._windows(out, None).values()} == {31}
+    assert {rows.shape[1] for rows in module._windows(out, None, out / PROBE_FILE).values()} == {31}
     (out / "tokenizer.json").unlink()
-    assert list(module._windows(out, None)) == ["probe"]
+    assert list(module._windows(out, None, out / PROBE_FILE)) == ["probe"]
 
 
 def test_the_simulation_with_and_without_quantized_inputs(made: Path, made_w8a8: Path) -> None:
