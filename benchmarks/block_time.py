@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from children import child_json, examples, fix_environment, source_version
+from children import child_json, examples, fix_environment
 from depth import write_checkpoint
 from measuring import Row, Rows, command_line, markdown_table, provenance, show_table, write_results
 
@@ -29,7 +29,7 @@ SHAPE = {
     "num_key_value_heads": 32,
     "vocab_size": 512,
 }
-IDENTITY = ("bitfold", "method", "scheme", "settings")
+IDENTITY = ("method", "scheme", "settings")
 # Functions of the pipeline that stand for its parts: none is called by another, but for the statistics.
 PARTS = {
     "statistics": ("input_statistics",),
@@ -64,7 +64,7 @@ def main() -> None:
         model = Path(directory) / "model"
         write_checkpoint(model, 1, SHAPE)
         for method in options.method:
-            of = {"bitfold": source_version(), "method": method, "scheme": options.scheme}
+            of = {"method": method, "scheme": options.scheme}
             asked = ["--method", method, "--scheme", options.scheme, "--model", model]
             asked += [word for key, value in settings.items() for word in (f"--{key}", value)]
             make = partial(child_json, Path(__file__), *asked)
