@@ -217,7 +217,7 @@ def speed(engine: str, path: Path) -> Row:
 # -- the page ----------------------------------------------------------------------------------------
 
 HEAD = ["file", "MB", "perplexity", "simulated", "KL to original", "KL to simulation", "logits off"]
-HEAD += ["at most", "prompt", "generation", "memory MB"]
+HEAD += ["at most", "prompt", "generation", "MB beyond"]
 
 
 def _table(rows: list[Row]) -> list[list[str]]:
@@ -242,8 +242,9 @@ def _page(rows: list[Row]) -> str:
         "# Exports in their engines\n",
         "bitfold's files, and those of the engines' own quantizers with the same tensors in as many bits. Differences",
         "of logits are to the simulation in PyTorch, over their spread: root mean square, and the largest. Tokens",
-        "a second by CPU time on one thread; memory beyond Python and PyTorch. Importances: mean squares of inputs on",
-        "the calibration text, as llama.cpp's `--imatrix` has them.\n",
+        "a second by CPU time on one thread. MB beyond: how far the engine's peak memory is above that of importing",
+        "packages, which of so small a model is mostly nothing. Importances: mean squares of inputs on the calibration",
+        "text, as llama.cpp's `--imatrix` has them. bitfold's files also hold the logits that they are verified by.\n",
         f"`{command_line()}`\n",
         provenance(rows),
     ]
