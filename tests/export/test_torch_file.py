@@ -197,6 +197,23 @@ def _with_members(directory: Path, out: Path, change: dict[str, bytes]) -> Path:
     return out
 
 
+@pytest.mark.parametrize("key", ["expr_str", "target"])
+def test_expressions_that_are_programs_are_refused(
+    key: str, directory: Path, tmp_path: Path
+) -> None:
+    """torch.export.load evaluates them."""
+    with zipfile.ZipFile(directory / "model.pt2") as archive:
+        top = archive.namelist()[0].partition("/")[0]
+        text = archive.read(f"{top}/models/model.json").decode()
+    evil = "__import__('os').abort() or " if key == "expr_str" else "torch.os.abort"
+    start = f'"{key}": "' if key == "expr_str" else '"target": "torch.ops.aten.'
+    assert start in text
+    changed = text.replace(start, f'"{key}": "{evil}', 1)
+    out = _with_members(directory, tmp_path / "evil", {"models/model.json": changed.encode()})
+    with pytest.raises(CheckpointError, match="holds the expression"):
+        TorchProgram(out)
+
+
 def test_pickles_are_refused_before_they_are_read(directory: Path, tmp_path: Path) -> None:
     """torch.export.load unpickles example inputs, tensors that say so, and other objects: it runs what they say."""
     stream = io.BytesIO()

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile, ZipFile
 
 import torch
@@ -81,6 +82,8 @@ def refuse_pickles(file: Path) -> None:
                         f"{file} holds {info.filename}, which loading could run as a program and bitfold does not "
                         "write: export it again."
                     )
+                if name == "models/model.json":
+                    _refuse_expressions(json.loads(archive.read(info)), file)
                 if not name.endswith("_config.json"):
                     continue
                 for tensor, entry in json.loads(archive.read(info))["config"].items():
@@ -95,3 +98,41 @@ def refuse_pickles(file: Path) -> None:
         raise CheckpointError(
             f"{file} is no archive of torch.export ({error}): it is damaged; export it again."
         ) from error
+
+
+# `torch.export.load` evaluates the sizes' expressions as Python, by sympy: these characters and names are all that it
+# needs for sizes, and none of them leads to anything else.
+_SYMBOL = re.compile(r"Symbol\('[su]\d+'(, \w+=True)*\)")
+_EXPRESSION = re.compile(r"[A-Za-z0-9_+*/%(), <>=-]*")
+_NAMES = re.compile(
+    r"[su]\d+|Add|Mul|Pow|Integer|Max|Min|FloorDiv|Mod|PythonMod|CleanDiv|Eq|Ne|Ge|Le|int_oo|oo"
+)
+_OPERATOR = re.compile(
+    r"torch\.ops\.(aten|higher_order)\.\w+(\.\w+)?|_operator\.(add|sub|mul|floordiv|mod|neg|getitem|eq|ge|gt|le|lt)"
+)
+
+
+def _refuse_expressions(content: Any, file: Path) -> None:
+    """Raises CheckpointError for an expression in a graph that is more than arithmetic of sizes, and for calls of what
+    is no operator."""
+    waiting = [content]
+    while waiting:
+        here = waiting.pop()
+        if isinstance(here, list):
+            waiting += here
+        if not isinstance(here, dict):
+            continue
+        waiting += here.values()
+        for key in ("expr_str", "target"):
+            said = here.get(key)
+            if not isinstance(said, str) or (key == "target" and "inputs" not in here):
+                continue
+            sizes = _SYMBOL.sub("s0", said)
+            plain = _EXPRESSION.fullmatch(sizes) and all(
+                _NAMES.fullmatch(name) for name in re.findall(r"[A-Za-z_]\w*", sizes)
+            )
+            if not (plain if key == "expr_str" else _OPERATOR.fullmatch(said)):
+                raise CheckpointError(
+                    f"{file} holds the expression '{said[:80]}', which loading could run as a program and bitfold does "
+                    "not write: export it again."
+                )

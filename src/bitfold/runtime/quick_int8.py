@@ -121,7 +121,7 @@ class Int8Linear(nn.Module):
         return found.mul_(scale.float()).mul_(self.scale)
 
     def _of_values(self, rows: Tensor) -> Tensor:
-        rows = rows.float()
+        rows = rows.float().contiguous()
         digits = 3 if len(rows) <= THREE_DIGITS_UP_TO else 2
         integer = torch.int32 if digits == 3 else torch.int16
         # Digits −128 … 127 are bytes less 128: with 128 added to every digit they are the bytes of one integer.

@@ -27,6 +27,8 @@ def no_half(weight: Tensor) -> str | None:
     if not hasattr(torch.ops.quantized, "linear_prepack_fp16"):
         return "this PyTorch has no products with float16 for this processor"
     for rows in weight.split(ROWS):
+        if not torch.isfinite(rows).all():
+            return "its values are not all finite"
         if not torch.equal(rows.bfloat16().to(rows.dtype), rows) and not torch.equal(
             rows.half().to(rows.dtype), rows
         ):
