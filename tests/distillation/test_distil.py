@@ -1,6 +1,7 @@
 """The descent by itself, on a problem whose answer is known."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -177,3 +178,10 @@ def test_a_start_that_is_not_finite_trains_nothing_and_says_so() -> None:
     assert (found.steps, found.kept) == (0, 0)
     assert "nothing was trained" in found.notes[0]
     assert torch.equal(quadratic.one.stored(), torch.ones(4, 2))
+
+
+def test_half_precision_is_not_tried_where_it_is_slow() -> None:
+    slow = Quadratic(low_adds=0.01)
+    Distil(epochs=2).fit(replace(slow.problem, low_is_quick=False))
+    assert slow.in_low
+    assert not any(slow.in_low)

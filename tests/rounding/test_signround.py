@@ -1,5 +1,8 @@
 """SignRound: gradients are the formulas, codes stay next to nearest's, the loss never ends above where it began."""
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -138,3 +141,19 @@ def test_other_grids_are_refused_by_name() -> None:
         other = Layer(layer.weight, layer.limits, scheme)
         with pytest.raises(RecipeError, match=f"down_proj has the grid {scheme.grid}"):
             Signround().solve_block({"mlp.down_proj": other}, torch.float32, _problem(layer))
+
+
+def test_half_precision_is_not_tried_where_it_is_slow() -> None:
+    layer = _layer(ASYMMETRIC)
+    block = _problem(layer)
+    lows: list[bool] = []
+
+    def loss(weights: Mapping[str, Tensor], windows: Tensor, low: bool) -> Tensor:
+        lows.append(low)
+        return block.loss(weights, windows, low)
+
+    Signround(steps=4).solve_block(
+        {"w": layer}, torch.float32, replace(block, loss=loss, low_is_quick=False)
+    )
+    assert lows
+    assert not any(lows)

@@ -18,7 +18,7 @@ from bitfold.errors import EquivalenceError
 from bitfold.models.family import NormSite
 from bitfold.numerics import Scheme
 from bitfold.transforms.affine import Affine
-from bitfold.transforms.block_transform import BlockProblem, Restore
+from bitfold.transforms.block_transform import BlockProblem, Restore, Terms
 from bitfold.transforms.groups import HeadMatrix, Heads
 from models_zoo import build
 
@@ -188,3 +188,19 @@ def test_what_is_no_equivalence_is_named_by_its_site(
     with pytest.raises(EquivalenceError, match=r"self_attn\.v_proj -> self_attn\.o_proj"):
         _quantized(model, tmp_path / "out", tokens, "affine.epochs=1", scheme="w4a16")
     assert not (tmp_path / "out").exists()
+
+
+def test_half_precision_is_not_tried_where_it_is_slow() -> None:
+    """On a CPU without instructions for bfloat16 one product in it takes as long as a hundred."""
+    problem, _ = _problem()
+    lows: list[bool] = []
+
+    def loss(weights: Mapping[str, Tensor], windows: Tensor, terms: Terms, low: bool) -> Tensor:
+        lows.append(low)
+        return problem.loss(weights, windows, terms, low)
+
+    Affine(epochs=2).fit(replace(problem, loss=loss, low_is_quick=False))
+    assert lows
+    assert not any(lows)
+    Affine(epochs=2).fit(replace(problem, loss=loss))
+    assert any(lows)

@@ -22,7 +22,8 @@ class DistilProblem:
     loss(windows): mean KL(original ‖ quantized) in nats per token on the calibration windows of these indices, as
     loaders will compute it. gradient(windows, low): the same, by a pass that can be differentiated; adds its gradient
     to every θ; `low` runs its matrix products in bfloat16. training, check: indices of the windows to train on, and of
-    those to judge by. exact: the run is in float64, no product may be less.
+    those to judge by. exact: the run is in float64, no product may be less. low_is_quick: whether bfloat16 takes less
+    time where it runs.
     seed: of everything drawn. report(done, total, what): progress.
     """
 
@@ -34,6 +35,7 @@ class DistilProblem:
     seed: int
     report: Callable[[int, int, str], None]
     exact: bool = False
+    low_is_quick: bool = True
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from bitfold.pipeline.shards import block_from_tensors, block_tensors, check_sha
 from bitfold.pipeline.streams import Streams
 from bitfold.pipeline.student import Student
 from bitfold.pipeline.workdir import Workdir
-from bitfold.runtime.device import quick_float32
+from bitfold.runtime.device import has_fast_bfloat16, quick_float32
 
 __all__ = ["learn", "put_in"]
 
@@ -48,6 +48,7 @@ def learn(job: Job, workdir: Workdir, streams: Streams, report: Report) -> None:
         training=material.training,
         check=material.check,
         exact=job.dtype == torch.float64,
+        low_is_quick=has_fast_bfloat16(job.skeleton.device),
         seed=seed,
         report=report,
     )

@@ -13,6 +13,7 @@ from bitfold.numerics.straight_through import fake_quantize_trainable
 from bitfold.pipeline.hooks import InputQuantizer, capturing_outputs, quantizing
 from bitfold.pipeline.plan import Plan
 from bitfold.pipeline.streams import Streams, batches
+from bitfold.runtime.device import has_fast_bfloat16
 from bitfold.statistics import widened
 from bitfold.transforms.block_transform import BlockProblem, Restore, Terms
 
@@ -106,6 +107,7 @@ def block_problem(
         linear_loss=linear_loss,
         seed=plan.recipe.seed * 10_007 + index,
         report=report,
+        low_is_quick=has_fast_bfloat16(device),
     )
 
 

@@ -96,7 +96,7 @@ def _block_loss(
         weights = dict(folded) | {f"{name}.weight": value for name, value in rounded.items()}
         return problem.loss(weights, windows, "original", low)
 
-    return BlockLoss(loss, problem.windows, problem.seed, report)
+    return BlockLoss(loss, problem.windows, problem.seed, report, problem.low_is_quick)
 
 
 def _layer(

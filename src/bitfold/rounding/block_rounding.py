@@ -18,13 +18,15 @@ class BlockLoss:
 
     loss(weights, windows, low): relative squared error of the block's output with these weights [out, in] by layer on
     the calibration windows of these indices; differentiable; `low` runs its matrix products in bfloat16. windows: how
-    many there are. seed: of everything drawn. report(done, total, what): progress.
+    many there are. seed: of everything drawn. report(done, total, what): progress. low_is_quick: whether that takes
+    less time where it runs; on a CPU without instructions for bfloat16 it takes a hundred times as long.
     """
 
     loss: Callable[[Mapping[str, Tensor], Tensor, bool], Tensor]
     windows: int
     seed: int
     report: Callable[[int, int, str], None]
+    low_is_quick: bool = True
 
 
 class BlockRounding(Stores):

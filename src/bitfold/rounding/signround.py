@@ -154,9 +154,11 @@ def _descend(options: Signround, learned: Mapping[str, _Offsets], block: BlockLo
         rounded, parts = weights(), check.split(options.batch)
         return sum(float(block.loss(rounded, part, low)) * len(part) for part in parts) / len(check)
 
-    exact, best_loss = checked(low=False), checked(low=True)
-    low = abs(best_loss - exact) <= _LARGEST_CHANGE * exact
-    best_loss = best_loss if low else exact
+    best_loss, low = checked(low=False), False
+    if block.low_is_quick:
+        exact, in_low = best_loss, checked(low=True)
+        low = abs(in_low - exact) <= _LARGEST_CHANGE * exact
+        best_loss = in_low if low else exact
     best = [p.detach().clone() for p in parameters]
     notes: list[str] = []
     every = max(1, options.steps // _CHECKS)

@@ -54,8 +54,8 @@ class Affine(BlockTransform):
     scope: of the loss: the `block`'s output, or each `linear` layer's own.
     terms: of the loss, see `Terms`; `auto`: both where activations are quantized.
     precision: of A and its inverse; `mixed` is a float32 A and a float64 inverse.
-    compute: of the block's matrix products while learning; `auto`: bfloat16 where that changes the loss at the start by
-    less than 2 %. A run in float64 stays in it.
+    compute: of the block's matrix products while learning; `auto`: bfloat16 where that is quicker and changes the loss
+    at the start by less than 2 %. A run in float64 stays in it.
     scale_rate, shift_rate, clip_rate: learning rates at the start; they fall to zero along a cosine."""
 
     needs = frozenset[Need]({"loss"})
@@ -196,7 +196,7 @@ class _Descent:
         self.check = torch.randperm(problem.windows, generator=generator)[:count]
         exact_run = any(w.dtype == torch.float64 for w in problem.weights.values())
         self.low = affine.compute == "bfloat16" and not exact_run
-        if affine.compute == "auto" and not exact_run:
+        if affine.compute == "auto" and problem.low_is_quick and not exact_run:
             exact = self._checked(windows=_TRIAL_WINDOWS)
             self.low = True
             found = self._checked(windows=_TRIAL_WINDOWS)

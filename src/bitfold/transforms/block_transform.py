@@ -32,7 +32,8 @@ class BlockProblem:
     runs the block's matrix products in bfloat16.
     linear_loss(weights, windows, terms, low, restore): the mean over the linear layers of the relative squared error of
     each one's own output, as the formula of AffineQuant's paper has it.
-    seed: of everything drawn. report(done, total, what): progress.
+    seed: of everything drawn. report(done, total, what): progress. low_is_quick: whether bfloat16 takes less time where
+    it runs; on a CPU without instructions for it, it takes a hundred times as long.
     """
 
     weights: Mapping[str, Tensor]
@@ -44,6 +45,7 @@ class BlockProblem:
     linear_loss: Callable[[Mapping[str, Tensor], Tensor, Terms, bool, Restore], Tensor]
     seed: int
     report: Callable[[int, int, str], None]
+    low_is_quick: bool = True
 
 
 @dataclass(frozen=True)
