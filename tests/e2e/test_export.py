@@ -1,5 +1,9 @@
 """`bitfold export`, and `bitfold verify` of what it wrote, from the command line."""
 
+import shlex
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +15,27 @@ from bitfold.export.gptq import from_awq, from_gptq
 from bitfold.export.reading import read_model
 from bitfold.models.headers import read_json
 from bitfold.numerics import QuantizedTensor
+from bitfold.report.earlier_exports import earlier_export
 
 NAME = "model.layers.3.mlp.down_proj"
+ALREADY = "it was there already, made of this artifact"
+# `bitfold`, killed as soon as it would begin a second export.
+KILLED = """
+import os, signal, sys
+from bitfold.report import exports
+
+whole, begun = exports.export_to, []
+
+def export_to(*arguments, **options):
+    begun.append(1)
+    if len(begun) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return whole(*arguments, **options)
+
+exports.export_to = export_to
+from bitfold.cli import main
+main()
+"""
 
 
 def test_gguf_from_the_command_line(run: Run, artifact: Path, tmp_path: Path) -> None:
@@ -144,7 +167,9 @@ def test_quantized_and_exported_in_one_go(run: Run, model: Path, tmp_path: Path)
     assert all(Path(one["path"]).exists() for one in made["exports"])
     assert made["scheme"] == "w4a16g32"
     before = (tmp_path / "w4.gguf").read_bytes()
-    assert "is there already: add --overwrite" in run(command).err
+    again = run(f"{command} --json").json
+    assert again["finished_before"]
+    assert [one["notes"] for one in again["exports"]] == [[ALREADY], [ALREADY]]
     assert run(f"{command} --overwrite").code == 0
     assert (tmp_path / "w4.gguf").read_bytes() == before
     assert "did you mean 'gguf'" in run(f"quantize {model} -o {tmp_path}/x --to ggufs").err
@@ -160,3 +185,55 @@ def test_quantized_and_exported_in_one_go(run: Run, model: Path, tmp_path: Path)
         f"quantize {model} -o {tmp_path}/x --method rtn --scheme w3a16 --for vllm --dry-run"
     )
     assert "no kernel on CPUs" in asked.out
+
+
+@pytest.mark.parametrize("to", ["gguf,gptq", "onnx,awq"])
+def test_a_run_that_is_killed_between_two_exports_goes_on(
+    run: Run, model: Path, tmp_path: Path, to: str
+) -> None:
+    """With the exports that it finished, untouched; the others are made."""
+    for format in to.split(","):
+        if format not in ("gptq", "awq", "torch"):
+            pytest.importorskip(format, reason=f"the extra '{format}' is not installed")
+    command = f"quantize {model} -o {tmp_path}/w4 --method rtn --scheme w4a16g32 --to {to} --json"
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, *shlex.split(command)], capture_output=True, check=False
+    )
+    assert killed.returncode == -signal.SIGKILL
+    first, *others = to.split(",")
+    done = tmp_path / ("w4.gguf" if first == "gguf" else f"w4-{first}")
+    files = [done] if done.is_file() else sorted(done.iterdir())
+    before = [(file.name, file.stat().st_mtime_ns) for file in files]
+    made = run(command).json
+    assert made["finished_before"]
+    assert [one["format"] for one in made["exports"]] == [first, *others]
+    assert made["exports"][0]["notes"] == [ALREADY]
+    assert made["exports"][0]["bytes"] == sum(file.stat().st_size for file in files)
+    assert not [one for one in made["exports"][1:] if ALREADY in one["notes"]]
+    assert [(file.name, file.stat().st_mtime_ns) for file in files] == before
+    assert all((tmp_path / f"w4-{name}").is_dir() for name in others)
+
+
+def test_what_is_no_whole_export_of_the_artifact_is_not_taken_for_one(
+    run: Run, artifact: Path, model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "artifact-gptq"
+    other = tmp_path / "other"
+    assert run(f"quantize {model} -o {other} --method rtn --scheme w4a16g32").code == 0
+    assert run(f"export {other} --to gptq -o {out}").code == 0
+    assert earlier_export(other, "gptq", out) is not None
+    assert earlier_export(artifact, "gptq", out) is None  # of another artifact
+    refused = run(f"quantize {model} -o {artifact} --method rtn --to gptq")
+    assert "artifact-gptq is there already: add --overwrite" in refused.err
+    assert earlier_export(other, "awq", out) is None
+    assert earlier_export(other, "gguf", out) is None
+    (out / "model-00002-of-00007.safetensors").unlink()
+    assert earlier_export(other, "gptq", out) is None
+    graph = tmp_path / "graph"
+    assert run(f"export {other} --to torch -o {graph}").code == 0
+    assert earlier_export(other, "torch", graph) is not None
+    assert earlier_export(other, "onnx", graph) is None
+    with (graph / "model.pt2").open("ab") as stream:
+        stream.write(b"more")
+    assert earlier_export(other, "torch", graph) is None
+    assert earlier_export(other, "torch", tmp_path / "nothing") is None

@@ -21,6 +21,8 @@ def test_onnx_from_the_command_line(run: Run, artifact: Path, tmp_path: Path) ->
 
     verified = run(f"verify {out} --json").json
     assert verified["engine"] == "ONNX Runtime"
+    seen = run(f"inspect {out} --json").json
+    assert (seen["kind"], seen["format"]) == ("exported for ONNX Runtime", "onnx")
     assert verified["difference"] < verified["tolerance"]
     text.write_text("The history of the world is long, and most of it was never written. " * 200)
     compared = run(f"verify {out} --against {artifact} --text {text} --json").json["text"]

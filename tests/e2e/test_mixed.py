@@ -68,6 +68,17 @@ def test_fit(run: Run, tmp_path: Path) -> None:
 REFUSED = {
     "nowhere to put it": ("--bits 3", 2, "Missing option '-o' / '--out'"),
     "a result of measuring": ("--sensitivity -o out --bits 3", 2, "leave --bits and --out out"),
+    "a result that is not made": (
+        "--sensitivity --dry-run --overwrite --no-resume",
+        2,
+        "only measures: leave --overwrite, --no-resume and --dry-run out",
+    ),
+    "latencies": ("--sensitivity --latency-table t.json", 2, "leave --latency-table out"),
+    "a calibration of another size": (
+        "--sensitivity --samples 128 --sequence-length 64",
+        2,
+        "as many as --sensitivity-windows says: leave --samples and --sequence-length out",
+    ),
     "no budget": ("-o out --per kind", 1, "give --bits, --fit or --latency"),
     "no size": ("-o out --fit small", 1, "write for example 3.5GB or 512MiB"),
     "no numbers": ("-o out --bits 3 --candidates few", 1, "--candidates takes whole numbers"),

@@ -223,7 +223,14 @@ def test_a_tokenizer_that_cannot_be_written_is_said(plain: Path, tmp_path: Path)
         ({"llama.block_count": 2**31}, "has tensors of 6 layers, but its head says"),
         ({"llama.rope.dimension_count": 32}, "turns 32 of 64 dimensions"),
         ({"tokenizer.ggml.token_type": [1, 1]}, "The vocabulary of .* is damaged"),
-        ({"tokenizer.ggml.bos_token_id": 99_999}, "The vocabulary of .* is damaged"),
+        ({"tokenizer.ggml.bos_token_id": 99_999}, "bos token is '99999', of 4096 tokens"),
+        ({"tokenizer.ggml.eos_token_id": 4096}, "The vocabulary of .* is damaged"),
+        (
+            {"tokenizer.ggml.merges": [1, 2]},
+            "vocabulary of .* is damaged .its merges are no list of text",
+        ),
+        ({"tokenizer.ggml.merges": ["ab"]}, "its merge 'ab' is not of two tokens"),
+        ({"tokenizer.ggml.tokens": list(range(4096))}, "its tokens are no list of text"),
     ],
 )
 def test_files_that_contradict_themselves(

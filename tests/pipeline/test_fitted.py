@@ -2,12 +2,13 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import bitfold
-from bitfold.allocation import candidates
+from bitfold.allocation import Mixed, candidates
 from bitfold.assets import DEMO_MODEL
 from bitfold.errors import BitfoldError, ExportError, RecipeError
 from bitfold.export.exporting import TARGETS, export_to
@@ -111,6 +112,48 @@ def test_unknown_engines_and_uniform_formats(tmp_path: Path) -> None:
         bitfold.quantize(DEMO_MODEL, tmp_path / "a", meant_for="ggufs")
     with pytest.raises(RecipeError, match="gptq has one scheme for all layers"):
         bitfold.quantize(DEMO_MODEL, tmp_path / "a", method="rtn", bits=3.5, meant_for="gptq")
+
+
+def test_with_a_budget_what_is_found_is_judged(tmp_path: Path) -> None:
+    """And not the scheme that the bits are looked for from: asymmetric weights of 8 bits have no block in llama.cpp, of
+    4 they have one."""
+    pytest.importorskip("gguf", reason="the extra 'gguf' is not installed")
+    common: dict[str, Any] = {"method": "rtn", "scheme": "w8a16g32", "meant_for": "gguf"}
+    small = Mixed(bits=(4,), group_sizes=(32,), windows=1, length=32)
+    with pytest.raises(ExportError, match="which no block of llama"):
+        bitfold.quantize(DEMO_MODEL, tmp_path / "a", **common)
+    found = bitfold.quantize(
+        DEMO_MODEL, tmp_path / "a", **common, bits=5.0, mixed=small, dry_run=True
+    )
+    assert not [note for note in found.notes if "int8" in note]
+    with pytest.raises(ExportError, match="which no block of llama"):
+        bitfold.quantize(
+            DEMO_MODEL, tmp_path / "a", **common, bits=9.0, dry_run=True,
+            mixed=Mixed(bits=(8,), group_sizes=(32,), windows=1, length=32),
+        )  # fmt: skip
+
+
+def test_with_a_budget_no_note_is_of_the_scheme_it_began_with(tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="the extra 'gguf' is not installed")
+    common: dict[str, Any] = {"method": "rtn", "scheme": "w3a16g32", "meant_for": "gguf"}
+    common["set"] = "weight.symmetric=true"
+    assert any("which llama.cpp holds as" in note for note in bitfold.quantize(
+        DEMO_MODEL, tmp_path / "a", **common, dry_run=True).notes)  # fmt: skip
+    mixed = Mixed(bits=(4,), group_sizes=(32,), windows=1, length=32)
+    found = bitfold.quantize(
+        DEMO_MODEL, tmp_path / "a", **common, bits=5.0, mixed=mixed, dry_run=True
+    )
+    assert not [note for note in found.notes if "gguf" in note]
+
+
+def test_what_no_bits_mend_is_refused_before_they_are_looked_for(tmp_path: Path) -> None:
+    said: list[str] = []
+    with pytest.raises(ExportError, match="leave q and kv out of the scheme"):
+        bitfold.quantize(
+            DEMO_MODEL, tmp_path / "a", method="rtn", scheme="w4a16kv4", meant_for="onnx", bits=4.5,
+            progress=lambda done, total, what: said.append(what),
+        )  # fmt: skip
+    assert not said
 
 
 def test_precision_is_kept_through_mixed_bits() -> None:

@@ -14,7 +14,7 @@ __all__ = ["demo", "generate", "inspect", "recipes"]
 
 
 def inspect(model: Model, json: Json = False) -> None:
-    """What a model or a GGUF file is: family, blocks, sites, sizes, schemes, tokenizer, recipe, provenance."""
+    """What a model, GGUF file or export is: family, blocks, sites, sizes, schemes, tokenizer, recipe, provenance."""
     from bitfold.report.describe import describe
 
     content = describe(model)

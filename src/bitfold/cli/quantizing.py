@@ -47,7 +47,7 @@ def quantize(
             help=".txt, .jsonl, .npy; default: an embedded text. Or generate: the model writes; or random."
         ),
     ] = None,
-    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    samples: Annotated[int | None, typer.Option(help="Calibration windows; default 128.")] = None,
     sequence_length: Annotated[
         int | None, typer.Option(help="Tokens of a window; default: the model's, at most 2048.")
     ] = None,
@@ -126,8 +126,11 @@ def quantize(
             | {"set": set or ()}
             | {"ignore": ignore or (), "seed": seed, "calibration": calibration or ()}
             | {"device": device, "dtype": dtype, "mixed": mixed},
-            {"--bits": bits, "--fit": fit, "--latency": latency, "--out": out}
-            | {"--for": engines, "--to": to},
+            {"--bits": bits, "--fit": fit, "--latency": latency, "--latency-table": latency_table}
+            | {"--out": out, "--for": engines, "--to": to}
+            | {"--overwrite": overwrite or None, "--no-resume": no_resume or None}
+            | {"--dry-run": dry_run or None},
+            {"--samples": samples, "--sequence-length": sequence_length},
             json,
         )
         return
@@ -145,7 +148,7 @@ def quantize(
             recipe=recipe,
             set=set or (),
             calibration=calibration or (),
-            samples=samples,
+            samples=128 if samples is None else samples,
             sequence_length=sequence_length,
             seed=seed,
             device=device,
@@ -174,16 +177,38 @@ def quantize(
         outcome.print_exported(one)
 
 
-def _sensitivity(model: str, options: dict[str, Any], refused: dict[str, Any], json: bool) -> None:
-    """Measure, and print the ranking; options of a result that is not made are refused."""
+def _sensitivity(
+    model: str,
+    options: dict[str, Any],
+    of_results: dict[str, Any],
+    of_calibration: dict[str, Any],
+    json: bool,
+) -> None:
+    """Measure, and print the ranking; options of a result that is not made are refused, and those of a calibration that
+    has a size of its own here."""
     from bitfold.pipeline.sensitivity import sensitivity as run
 
-    given = [name for name, value in refused.items() if value is not None]
+    given = [name for name, value in of_results.items() if value is not None]
     if given:
-        raise USAGE_ERROR(f"--sensitivity only measures: leave {' and '.join(given)} out")
+        raise USAGE_ERROR(f"--sensitivity only measures: leave {_and(given)} out")
+    given = [name for name, value in of_calibration.items() if value is not None]
+    if given:
+        raise USAGE_ERROR(
+            "--sensitivity measures on windows of its own, as many as --sensitivity-windows says: leave "
+            f"{_and(given)} out"
+        )
     with showing_progress("measuring") as progress:
         result = run(model, progress=progress, **options)
     if json:
         terminal.print_json(result.to_json())
     else:
         outcome.print_sensitivity(result)
+
+
+def _and(names: list[str]) -> str:
+    """Names in a sentence.
+
+    >>> _and(["--bits", "--fit", "--out"])
+    '--bits, --fit and --out'
+    """
+    return " and ".join([part for part in (", ".join(names[:-1]), names[-1]) if part])

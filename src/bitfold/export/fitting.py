@@ -51,10 +51,12 @@ class Planned:
 @dataclass(frozen=True)
 class Misfit:
     """What does not fit an engine, as a clause with its mend. stops: it cannot go there at all; otherwise it goes, and
-    the clause says what it costs."""
+    the clause says what it costs. of_weights: the bits and groups of weights decide it, so that it cannot be said
+    before they are found."""
 
     clause: str
     stops: bool = True
+    of_weights: bool = True
 
 
 Rule = Callable[[Planned], Iterator[Misfit]]
@@ -98,7 +100,8 @@ def _transformers(planned: Planned) -> Iterator[Misfit]:
     if isinstance(choice, Refusal):
         yield Misfit(
             "it will be in bitfold's own format, which loads only after `import bitfold`, for compressed-tensors "
-            f"cannot say it: {choice.reason}"
+            f"cannot say it: {choice.reason}",
+            of_weights=not planned.layout.online,
         )
 
 
@@ -123,7 +126,8 @@ def _vllm(planned: Planned) -> Iterator[Misfit]:
         )
     if any(entry.scheme.quantizes_attention for entry in planned.layout.attention.values()):
         yield Misfit(
-            "vLLM leaves queries, keys and values as they are, or stops: leave q and kv out of the scheme"
+            "vLLM leaves queries, keys and values as they are, or stops: leave q and kv out of the scheme",
+            of_weights=False,
         )
     few = [n for n, s in weights.items() if s.grid == "int" and s.bits not in (4, 8)]
     if few:
@@ -219,7 +223,8 @@ def _graph(name: str, grids: Collection[str]) -> Rule:
         yield from _folded(planned)
         if any(entry.scheme.quantizes_attention for entry in planned.layout.attention.values()):
             yield Misfit(
-                f"{name} is written without quantized queries, keys and values: leave q and kv out of the scheme"
+                f"{name} is written without quantized queries, keys and values: leave q and kv out of the scheme",
+                of_weights=False,
             )
         for names, scheme in _alike(planned):
             if scheme.grid not in grids:
@@ -248,7 +253,8 @@ def _folded(planned: Planned) -> Iterator[Misfit]:
     if planned.layout.online:
         yield Misfit(
             f"maps run at inference ({next(iter(planned.layout.online))}), which only bitfold runs: choose a method "
-            "that folds all of them (`bitfold recipes` says which)"
+            "that folds all of them (`bitfold recipes` says which)",
+            of_weights=False,
         )
 
 
@@ -266,7 +272,7 @@ def _refused(check: Callable[[], Any]) -> Iterator[Misfit]:
     try:
         check()
     except ExportError as error:
-        yield Misfit(str(error).rstrip("."))
+        yield Misfit(str(error).rstrip("."), of_weights=False)
 
 
 def _alike(planned: Planned) -> Iterator[tuple[list[str], TensorScheme]]:

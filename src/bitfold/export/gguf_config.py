@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bitfold.errors import CheckpointError
 from bitfold.export.gguf_model import GEMMA3_PATTERN, ROPE_FACTORS, llama3_factors
-from bitfold.export.gguf_reading import GgufFile
+from bitfold.export.gguf_reading import GgufFile, token_id
 
 __all__ = ["config_of", "model_type_of"]
 
@@ -64,9 +64,9 @@ def config_of(file: GgufFile) -> dict[str, Any]:
         "max_position_embeddings": int(file.setting("context_length")),
         "rms_norm_eps": _rounded(file.setting("attention.layer_norm_rms_epsilon")),
         "tie_word_embeddings": "output.weight" not in file.tensors,
-        "bos_token_id": file.settings.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": file.settings.get("tokenizer.ggml.eos_token_id"),
-        "pad_token_id": file.settings.get("tokenizer.ggml.padding_token_id"),
+        "bos_token_id": _token(file, "bos", vocabulary),
+        "eos_token_id": _token(file, "eos", vocabulary),
+        "pad_token_id": _token(file, "padding", vocabulary),
         "hidden_activation" if gemma else "hidden_act": "gelu_pytorch_tanh" if gemma else "silu",
     }
     if model_type in ("llama", "qwen3"):
@@ -111,6 +111,16 @@ def _vocabulary(file: GgufFile) -> int:
             f"{file.path} has no {_EMBEDDINGS}: it holds no whole model (a vocabulary, an adapter?); use another file."
         )
     return file.tensors[_EMBEDDINGS].shape[0]
+
+
+def _token(file: GgufFile, name: str, vocabulary: int) -> int | None:
+    """The number of a special token; None where there is none."""
+    try:
+        return token_id(file.settings, name, vocabulary)
+    except ValueError as error:
+        raise CheckpointError(
+            f"The vocabulary of {file.path} is damaged ({error}): make or download the file again."
+        ) from error
 
 
 def _rope(file: GgufFile, head_dim: int) -> dict[str, Any]:

@@ -17,12 +17,14 @@ from bitfold.export.gguf_head import TensorInfo, read_head
 from bitfold.export.gguf_model import gguf_package
 from bitfold.numerics import QuantizedTensor
 
-__all__ = ["GgufFile", "GgufTensor", "open_gguf"]
+__all__ = ["GgufFile", "GgufTensor", "open_gguf", "token_id"]
 
 Bytes = NDArray[np.uint8]
 _MAGIC = b"GGUF"
 # What Python, numpy and the package gguf raise for a file that ends too early, or says nonsense.
 _DAMAGE = (OSError, ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError)
+# What files say where a vocabulary lacks a special token: -1, as the unsigned numbers that the keys are too.
+_NO_TOKEN = (-1, 2**32 - 1)
 _WHOLE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -116,12 +118,30 @@ def open_gguf(path: Path) -> GgufFile:
     settings = head.settings
     if not isinstance(settings.get("general.architecture"), str):
         raise CheckpointError(f"{path} names no architecture: it holds no model; use another file.")
-    if any(key.startswith("split.") for key in settings) and settings.get("split.count", 1) > 1:
+    parts = settings.get("split.count", 1)
+    if not isinstance(parts, int):
         raise CheckpointError(
-            f"{path} is one of {settings['split.count']} parts of a model: join them first by llama.cpp's "
+            f"{path} is damaged (its split.count is {str(parts)[:40]!r}, no number): make or download it again."
+        )
+    if parts > 1:
+        raise CheckpointError(
+            f"{path} is one of {parts} parts of a model: join them first by llama.cpp's "
             "`llama-gguf-split --merge`."
         )
     return GgufFile(path, settings, tensors)
+
+
+def token_id(settings: Mapping[str, Any], name: str, tokens: int) -> int | None:
+    """The number of a special token (`bos`, `unknown` …) of so many; None where a file says that there is none.
+
+    Raises ValueError for what is the number of no token.
+    """
+    found = settings.get(f"tokenizer.ggml.{name}_token_id")
+    if found is None or found in _NO_TOKEN:
+        return None
+    if type(found) is not int or not 0 <= found < tokens:
+        raise ValueError(f"its {name} token is {str(found)[:40]!r}, of {tokens} tokens")
+    return found
 
 
 def _tensor(name: str, info: TensorInfo, content: Bytes, end: int) -> GgufTensor:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bitfold.errors import CheckpointError
-from bitfold.export.gguf_reading import GgufFile
+from bitfold.export.gguf_reading import GgufFile, token_id
 from bitfold.export.gguf_sentencepiece import SPACE
 from bitfold.export.gguf_tokenizer import PATTERNS
 
@@ -41,7 +41,7 @@ def tokenizer_files(settings: Mapping[str, Any], path: Path) -> dict[str, dict[s
     """Both files' content by name, from the keys of a GGUF file's head; `path` is for what is said of it."""
     kind = settings.get("tokenizer.ggml.model")
     try:
-        tokens = list(settings["tokenizer.ggml.tokens"])
+        tokens = _texts(settings, "tokens")
         types = list(settings.get("tokenizer.ggml.token_type", [1] * len(tokens)))
         if len(types) != len(tokens):
             raise ValueError(f"{len(tokens)} tokens of {len(types)} types")
@@ -59,6 +59,14 @@ def tokenizer_files(settings: Mapping[str, Any], path: Path) -> dict[str, dict[s
             f"The vocabulary of {path} is damaged ({said}): make or download the file again."
         ) from error
     return {"tokenizer.json": content, "tokenizer_config.json": config}
+
+
+def _texts(settings: Mapping[str, Any], name: str) -> list[str]:
+    """An array of text; ValueError for another."""
+    found = settings[f"tokenizer.ggml.{name}"]
+    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+        raise ValueError(f"its {name} are no list of text")
+    return found
 
 
 def _byte_level(
@@ -84,7 +92,9 @@ def _byte_level(
         steps = [cut, level | {"use_regex": False}]
     else:
         raise UnknownTokenizerError(f"it cuts text into words as '{name}'")
-    pairs = [merge.split(" ") for merge in settings["tokenizer.ggml.merges"]]
+    pairs = [merge.split(" ") for merge in _texts(settings, "merges")]
+    if odd := [pair for pair in pairs if len(pair) != 2]:
+        raise ValueError(f"its merge {' '.join(odd[0])[:40]!r} is not of two tokens")
     return _tokenizer(
         tokens,
         types,
@@ -107,7 +117,7 @@ def _sentencepiece(
     if prefix:
         normalizers = [{"type": "Prepend", "prepend": SPACE}, replace]
         decoders = [*decoders, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]
-    unknown = settings.get("tokenizer.ggml.unknown_token_id")
+    unknown = token_id(settings, "unknown", len(tokens))
     return _tokenizer(
         tokens,
         types,
@@ -186,8 +196,8 @@ def _around(settings: Mapping[str, Any], tokens: Sequence[str], kind: str) -> di
         "bos": bool(settings.get("tokenizer.ggml.add_bos_token", usually)),
         "eos": bool(settings.get("tokenizer.ggml.add_eos_token", False)),
     }
-    found = {one: settings.get(f"tokenizer.ggml.{one}_token_id") for one in asked if asked[one]}
-    ids = {one: int(index) for one, index in found.items() if index is not None}
+    found = {one: token_id(settings, one, len(tokens)) for one in asked if asked[one]}
+    ids = {one: index for one, index in found.items() if index is not None}
     put = {one: tokens[index] for one, index in ids.items()}
 
     def parts(text: str, number: int) -> list[dict[str, Any]]:
@@ -212,7 +222,7 @@ def _config(settings: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, Any
         "clean_up_tokenization_spaces": False,
     }
     for theirs, ours in _SPECIAL.items():
-        if (index := settings.get(f"tokenizer.ggml.{theirs}_token_id")) is not None:
+        if (index := token_id(settings, theirs, len(tokens))) is not None:
             result[f"{ours}_token"] = tokens[index]
     if (template := settings.get("tokenizer.chat_template")) is not None:
         result["chat_template"] = template

@@ -12,6 +12,7 @@ from bitfold.export.reading import StoredModel
 
 __all__ = [
     "copy_companions_of",
+    "copy_probe",
     "missing_tokenizer",
     "refuse_unsaid",
     "unpacks_in_scales",
@@ -38,6 +39,11 @@ def copy_companions_of(model: StoredModel, directory: Path) -> None:
     content = {key: value for key, value in model.config.items() if key not in left}
     write_json(directory / "config.json", content)
     copy_companions(source, directory)
+    copy_probe(source, directory)
+
+
+def copy_probe(source: Path, directory: Path) -> None:
+    """The simulation's logits, where there are any: they say of which artifact a directory is."""
     if (source / _PROBE).is_file():
         shutil.copyfile(source / _PROBE, directory / _PROBE)
 

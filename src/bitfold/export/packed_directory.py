@@ -9,6 +9,7 @@ from bitfold.errors import ExportError
 from bitfold.export.directory import appearing, bytes_of, write_directory
 from bitfold.export.exported import Exported, Progress, half_scales, rounded_scales
 from bitfold.export.gptq import to_awq, to_gptq, unsayable
+from bitfold.export.model_directory import copy_probe
 from bitfold.export.reading import StoredModel
 from bitfold.numerics import QuantizedTensor, TensorScheme
 from bitfold.version import VERSION
@@ -47,6 +48,7 @@ def _export(model: StoredModel, out: Path, progress: Progress, method: str) -> E
     config.pop("attn_implementation", None)
     with appearing(out) as partial:
         types = write_directory(model, partial, pack, config, progress)
+        copy_probe(model.checkpoint.path, partial)
     return Exported(out, method, bytes_of(out), types, tuple(_notes(model, worst)))
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from bitfold.models.checkpoint import sha256_of
+from bitfold.models.headers import EXPORT
 
 __all__ = ["SUMS_FILE", "write_sums"]
 
-SUMS_FILE = "export.json"
+SUMS_FILE = EXPORT
 
 
 def write_sums(

@@ -15,10 +15,12 @@ from safetensors import SafetensorError, safe_open
 
 from bitfold.errors import CheckpointError
 
-__all__ = ["INDEX", "WEIGHTS", "TensorInfo", "read_headers", "read_json"]
+__all__ = ["EXPORT", "INDEX", "WEIGHTS", "TensorInfo", "is_export", "read_headers", "read_json"]
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+EXPORT = "export.json"
+"""Of a directory that bitfold exported for an engine that takes no checkpoint."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 _DTYPES = {
@@ -76,6 +78,12 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def is_export(directory: Path) -> bool:
+    """Whether a directory was exported by bitfold for an engine, and is no checkpoint."""
+    weights = (directory / WEIGHTS).is_file() or (directory / INDEX).is_file()
+    return (directory / EXPORT).is_file() and not weights
+
+
 def read_headers(directory: Path) -> dict[str, TensorInfo]:
     """Every tensor of a checkpoint by name, in the files' order; index and files are held against each other.
 
@@ -86,6 +94,12 @@ def read_headers(directory: Path) -> dict[str, TensorInfo]:
         return _file_header(directory / WEIGHTS)
     if (directory / INDEX).is_file():
         return _sharded_headers(directory)
+    if is_export(directory):
+        format = read_json(directory / EXPORT).get("format")
+        raise CheckpointError(
+            f"{directory} is an export in the format {format}, which runs in its own engine and is no checkpoint: "
+            "`bitfold verify` of it runs it there; give the artifact that it was made from."
+        )
     if pickles := sorted(found.name for glob in PICKLES for found in directory.glob(glob)):
         raise CheckpointError(
             f"{directory} has its weights only in {pickles[0]}, a pickle, which can run any code when opened and is "

@@ -1,18 +1,18 @@
 """A job held against the engines that its result is meant for, before anything is computed."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
 from bitfold.errors import ExportError
-from bitfold.export.fitting import Planned, for_engines, misfits
+from bitfold.export.fitting import Misfit, Planned, for_engines, misfits
 from bitfold.models.skeleton import Skeleton
 from bitfold.pipeline.job import Job
 from bitfold.pipeline.plan import Plan
 from bitfold.recipe import Recipe
 
-__all__ = ["fitted", "recipe_for"]
+__all__ = ["fitted", "recipe_for", "refuse_whatever_the_bits"]
 
 
 def recipe_for(recipe: Recipe, engines: Sequence[str]) -> Recipe:
@@ -32,6 +32,19 @@ def fitted(job: Job, engines: Sequence[str]) -> Job:
     """
     planned = _planned(job.skeleton, job.plan)
     found = {engine: misfits(planned, engine) for engine in engines}
+    _refuse(found)
+    notes = [f"for {engine}: {misfit.clause}" for engine in engines for misfit in found[engine]]
+    return replace(job, notes=tuple(dict.fromkeys([*job.notes, *notes])))
+
+
+def refuse_whatever_the_bits(job: Job, engines: Sequence[str]) -> None:
+    """Raises ExportError for what cannot go there whatever bits are found for the weights, before they are found."""
+    planned = _planned(job.skeleton, job.plan)
+    found = {engine: misfits(planned, engine) for engine in engines}
+    _refuse({engine: [m for m in several if not m.of_weights] for engine, several in found.items()})
+
+
+def _refuse(found: Mapping[str, Sequence[Misfit]]) -> None:
     stops = [
         (engine, misfit.clause)
         for engine, several in found.items()
@@ -46,8 +59,6 @@ def fitted(job: Job, engines: Sequence[str]) -> Job:
         raise ExportError(
             f"The result would not fit {' or '.join(dict.fromkeys(engine for engine, _ in stops))}: {only or listed}"
         )
-    notes = [f"for {engine}: {misfit.clause}" for engine in engines for misfit in found[engine]]
-    return replace(job, notes=tuple(dict.fromkeys([*job.notes, *notes])))
 
 
 def _planned(skeleton: Skeleton, plan: Plan) -> Planned:

@@ -22,7 +22,7 @@ from bitfold.pipeline.block import QuantizedBlock
 from bitfold.pipeline.disk import check_disk
 from bitfold.pipeline.distill import learn, put_in
 from bitfold.pipeline.estimate import Estimate, estimate
-from bitfold.pipeline.fitted import fitted, recipe_for
+from bitfold.pipeline.fitted import fitted, recipe_for, refuse_whatever_the_bits
 from bitfold.pipeline.job import Job, prepare
 from bitfold.pipeline.outer import outer_tensors, outer_weights
 from bitfold.pipeline.probe import Probe, probe_report
@@ -114,14 +114,14 @@ def quantize(
         dtype=dtype,
         report=report,
     )
-    job = fitted(job, engines)
     if budget is not None:
         if uniform := sorted({"gptq", "awq"}.intersection(engines)):
             raise RecipeError(
                 f"{uniform[0]} has one scheme for all layers: leave the budget out, or {uniform[0]}."
             )
+        refuse_whatever_the_bits(job, engines)
         job = allocate(job, budget, mixed or Mixed(), files, keep=not dry_run, report=report)
-        job = fitted(job, engines)
+    job = fitted(job, engines)
     finished = finished_request(out)
     if finished not in (None, job.request) and not overwrite:
         raise OutputError(

@@ -9,7 +9,8 @@ from bitfold.models import family_of
 from bitfold.models.checkpoint import Checkpoint
 from bitfold.models.config import read_config
 from bitfold.models.family import head_counts
-from bitfold.models.headers import read_json
+from bitfold.models.headers import is_export, read_json
+from bitfold.report.describing_exports import describe_export
 from bitfold.report.describing_gguf import describe_gguf
 from bitfold.runtime.checkpoint import find_checkpoint
 
@@ -17,7 +18,8 @@ __all__ = ["describe"]
 
 
 def describe(model: str | Path) -> dict[str, Any]:
-    """A model directory, a name on the hub, or a GGUF file (see `describe_gguf`), as plain data.
+    """A model directory, a name on the hub, a GGUF file (see `describe_gguf`) or an exported directory (see
+    `describe_export`), as plain data.
 
     Keys: path, kind (`original`, `bitfold artifact` or `quantized by another tool`), model_type, family (None if
     bitfold has none), blocks, hidden_size, heads, kv_heads, head_dim, vocabulary, dtype, tensors, size_bytes,
@@ -29,6 +31,8 @@ def describe(model: str | Path) -> dict[str, Any]:
     if Path(model).expanduser().is_file():
         return describe_gguf(Path(model).expanduser())
     path = find_checkpoint(model)
+    if is_export(path):
+        return describe_export(path)
     checkpoint = Checkpoint(path)
     config = read_config(checkpoint)
     dtypes: dict[str, int] = defaultdict(int)

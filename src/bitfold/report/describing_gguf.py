@@ -4,8 +4,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from bitfold.errors import CheckpointError
 from bitfold.export.gguf_config import model_type_of
-from bitfold.export.gguf_reading import GgufFile, open_gguf
+from bitfold.export.gguf_reading import GgufFile, open_gguf, token_id
 from bitfold.models import family_of
 
 __all__ = ["describe_gguf"]
@@ -64,7 +65,13 @@ def describe_gguf(path: Path) -> dict[str, Any]:
 def _number(file: GgufFile, key: str, default: int = 0) -> int:
     """A setting that may be missing, or differ from layer to layer; of those the largest."""
     found = file.setting(key, default)
-    return max(map(int, found), default=0) if isinstance(found, list) else int(found)
+    try:
+        return max(map(int, found), default=0) if isinstance(found, list) else int(found)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise CheckpointError(
+            f"{file.path} is damaged ({file.architecture}.{key} is {str(found)[:40]!r}, no number): make or download "
+            "it again."
+        ) from error
 
 
 def _tokenizer(file: GgufFile) -> dict[str, Any]:
@@ -74,10 +81,10 @@ def _tokenizer(file: GgufFile) -> dict[str, Any]:
         if key.startswith("tokenizer.ggml.")
     }
     tokens = known.get("tokens", [])
+    tokens = tokens if isinstance(tokens, list) else []
+    names = [key.removesuffix("_token_id") for key in known if key.endswith("_token_id")]
     special = {
-        key.removesuffix("_token_id"): tokens[value]
-        for key, value in known.items()
-        if key.endswith("_token_id") and value < len(tokens)
+        name: tokens[index] for name in names if (index := _id(file, name, len(tokens))) is not None
     }
     return {
         "kind": known.get("model"),
@@ -86,3 +93,11 @@ def _tokenizer(file: GgufFile) -> dict[str, Any]:
         "special": special,
         "chat_template": "tokenizer.chat_template" in file.settings,
     }
+
+
+def _id(file: GgufFile, name: str, tokens: int) -> int | None:
+    """The number of a special token; None where there is none, or the file is wrong about it."""
+    try:
+        return token_id(file.settings, name, tokens)
+    except ValueError:
+        return None

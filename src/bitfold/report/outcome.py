@@ -159,7 +159,8 @@ def print_exported(result: Any) -> None:
     console = terminal.console()
     types = ", ".join(f"{count:,} weights in {name}" for name, count in result.types.items())
     console.print(
-        f"[green]{escape(str(result.path))}[/]: {result.format}, {result.bytes / 1e6:,.1f} MB; {types}"
+        f"[green]{escape(str(result.path))}[/]: {result.format}, {result.bytes / 1e6:,.1f} MB"
+        + (f"; {types}" if types else "")
     )
     for note in result.notes:
         console.print(f"[yellow]note[/] {escape(note)}")

@@ -98,16 +98,16 @@ def description_tables(content: Mapping[str, Any]) -> list[Table]:
         ("heads", f"{content['heads']} ({content['kv_heads']} KV) of {content['head_dim']}"),
         ("vocabulary", f"{content['vocabulary']:,}{', head tied' if content['tied_head'] else ''}"),
         ("size", f"{human_bytes(content['size_bytes'])} in {content['tensors']} tensors"),
-        (
-            "dtypes",
-            ", ".join(f"{k} {human_bytes(v)}" for k, v in content["bytes_by_dtype"].items()),
-        ),
     ]
+    if dtypes := content["bytes_by_dtype"]:
+        facts.append(("dtypes", ", ".join(f"{k} {human_bytes(v)}" for k, v in dtypes.items())))
     if "tokenizer" in content:
         facts += _of_gguf(content)
-    for key in ("format", "method", "scheme"):
+    for key in ("format", "form", "method", "scheme"):
         if key in content:
             facts.append((key, str(content[key])))
+    if content.get("recorded"):
+        facts.append(("verify", f"bitfold verify {content['path']}"))
     if "bits_per_weight" in content:
         probe, source = content["probe"], content["provenance"]["source"]["model"]
         facts += [

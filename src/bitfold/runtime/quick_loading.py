@@ -157,7 +157,7 @@ def _straight(
         rest = [name for name in report["unexpected_keys"] if not name.startswith(mine)]
         check_report(directory, report | {"unexpected_keys": rest}, model.state_dict().keys())
     layers = [_fill(model, name, stored) for name in stored.schemes]
-    layers += quicken_head(model)
+    layers += quicken_head(model, stored.schemes)
     _run_in(model, dtype)
     return model.eval(), layers
 

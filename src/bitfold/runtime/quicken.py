@@ -7,7 +7,7 @@ What a layer computes stays what was simulated, up to the rounding that each for
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +50,7 @@ class QuickLayer:
     why: str
 
 
+_ATTENDED = "something runs before or behind it"
 _FORMS = {
     Int4Linear: (
         "int4",
@@ -84,16 +85,21 @@ def quicken(model: PreTrainedModel, source: str | Path | None = None) -> list[Qu
         for name, scheme in stored.schemes.items()
         if scheme.weight is not None
     ]
-    return found + quicken_head(model)
+    return found + quicken_head(model, stored.schemes)
 
 
-def quicken_head(model: PreTrainedModel) -> list[QuickLayer]:
-    """The same of a head that is not quantized."""
+def quicken_head(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> list[QuickLayer]:
+    """The same of a head whose weight is not quantized. schemes: of the layers that are quantized, by full name."""
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:
         return []
     name = next(name for name, module in model.named_modules() if module is head)
-    reason = no_half(head.weight)
+    if name in schemes:
+        # A weight that is quantized was told of among the others.
+        said = schemes[name].weight is not None
+        return [] if said else [QuickLayer(name, None, "its input alone is quantized")]
+    # compressed-tensors, and others, give a layer a forward of its own.
+    reason = _ATTENDED if _attended(head) or "forward" in vars(head) else no_half(head.weight)
     if reason is None:
         half = HalfLinear(head.weight, head.bias)
         model.set_submodule(name, half)
@@ -184,9 +190,9 @@ def _replace(
     scheme: Scheme,
     calibrated: dict[str, Tensor],
 ) -> QuickLayer:
+    if _attended(module):
+        return QuickLayer(name, None, _ATTENDED)
     online = getattr(module, ONLINE, None)
-    if len(module._forward_pre_hooks) > int(online is not None) or module._forward_hooks:
-        return QuickLayer(name, None, "something runs before or behind it")
     reason = no_form(scheme, (tensor.shape[0], tensor.shape[1]), tensor.scale.dtype)
     if reason is not None:
         return QuickLayer(name, None, reason)
@@ -195,6 +201,12 @@ def _replace(
         attach(quick, online)
     model.set_submodule(name, quick)
     return quick_layer(name, quick)
+
+
+def _attended(module: nn.Module) -> bool:
+    """Whether a hook, other than that of a map that runs, would be lost with the module."""
+    own = int(getattr(module, ONLINE, None) is not None)
+    return len(module._forward_pre_hooks) > own or bool(module._forward_hooks)
 
 
 def _of_packed(module: QuantizedLinear) -> QuantizedTensor:
