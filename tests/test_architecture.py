@@ -115,7 +115,8 @@ MUST_NOT_REACH = {
     ),
     "data": ("pipeline", "cli", "report", "recipe", "models"),
     "evaluate": ("pipeline", "cli", "report", "recipe"),
-    "pipeline": ("cli", "report", "engines"),
+    "pipeline": ("cli", "report", "engines", "training"),
+    "training": ("cli", "report", "engines"),
     "engines": ("cli", "report"),
 }
 

@@ -22,6 +22,7 @@ from bitfold.runtime.kv_cache import quantized_cache
 from bitfold.runtime.load import load, load_tokenizer
 from bitfold.runtime.quick_loading import load_quick
 from bitfold.runtime.quicken import quicken
+from bitfold.training import calibrate, convert, penalty, prepare
 from bitfold.version import VERSION as __version__  # noqa: N811
 
 __all__ = [
@@ -33,6 +34,8 @@ __all__ = [
     "Scheme",
     "Sensitivity",
     "__version__",
+    "calibrate",
+    "convert",
     "evaluate",
     "evaluate_kl_base",
     "evaluate_tasks",
@@ -42,6 +45,8 @@ __all__ = [
     "load",
     "load_quick",
     "load_tokenizer",
+    "penalty",
+    "prepare",
     "quantize",
     "quantized_cache",
     "quicken",

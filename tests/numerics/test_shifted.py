@@ -48,7 +48,7 @@ def test_it_is_said() -> None:
 def test_it_is_only_read() -> None:
     with pytest.raises(RecipeError, match="only read from others' files"):
         Nearest().stored_as("a", SCHEME, (1, 4), torch.float32)
-    with pytest.raises(ValidationError, match="only imported weights have"):
+    with pytest.raises(ValidationError, match="only imported and trained weights have"):
         Scheme(activation=TensorScheme(grid="shifted", bits=4, granularity="token"))
     with pytest.raises(ValidationError, match="no zero-point"):
         TensorScheme(grid="shifted", bits=4, symmetric=False)

@@ -1,4 +1,4 @@
-"""Bit packing: integer codes of 2 to 8 bits in int32 words, without wasted bits.
+"""Bit packing: integer codes of 1 to 8 bits in int32 words, without wasted bits.
 
 Code i of a row occupies bits [i·b, (i+1)·b) of the row, least significant first, across word borders: the dense
 layout of compressed-tensors 0.19 and later. Each row is padded to whole words.
@@ -40,7 +40,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     for part in fields.split(CHUNK):
         for low, high, shift in _folds(bits):
             part.copy_((part & low) | ((part >> shift) & high))
-    packed = shifted.unflatten(0, (-1, 8))[:, :bits].flatten().view(torch.int32)
+    packed = shifted.unflatten(0, (-1, 8))[:, :bits].flatten().contiguous().view(torch.int32)
     words = packed.unflatten(0, (rows, math.ceil(columns / 32) * bits))
     return words[:, : packed_width(columns, bits)].contiguous()
 

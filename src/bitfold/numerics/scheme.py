@@ -32,8 +32,9 @@ class TensorScheme(BaseModel):
              left as they are: `runtime/attention.py` says what each query sees.
     head     of a head of a layer; `tensor`: of a layer. Static.
 
-    The grids `mxfp4` and `nvfp4` have groups of 32 and 16. `shifted`: of imported weights alone, integers from 0 times
-    a scale, plus a number of the group's own, where `int` has zero-points that are integers. `codebook`: the size of a
+    The grids `mxfp4` and `nvfp4` have groups of 32 and 16. `shifted`: of imported and trained weights alone, integers
+    from 0 times a scale, plus a number of the group's own, where `int` has zero-points that are integers; of one bit
+    it is ± a scale. `codebook`: the size of a
     learned one, once it is known; `bits` are then those that were asked for. `clipped`: an activation's dynamic range
     is a share of its min-max, found on calibration text. `kept`: how many columns of a weight stand beside the codes in
     the dtype of the scales. `scales`: the precision of a weight's, beside the dtype of the checkpoint in which they are
@@ -43,7 +44,7 @@ class TensorScheme(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     grid: GridName = "int"
-    bits: int = Field(default=8, ge=2, le=8)
+    bits: int = Field(default=8, ge=1, le=8)
     symmetric: bool = True
     narrow: bool = False
     granularity: Granularity = "channel"
@@ -57,6 +58,8 @@ class TensorScheme(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.bits == 1 and self.grid != "shifted":
+            raise ValueError("one bit has no integers on both sides of 0: choose 2 bits or more")
         if self.bits != _FIXED_BITS.get(self.grid, self.bits):
             raise ValueError(f"grid {self.grid} has {_FIXED_BITS[self.grid]} bits, not {self.bits}")
         if self.grid != "int" and not self.symmetric:
@@ -144,6 +147,8 @@ class TensorScheme(BaseModel):
             return f"{self.codebook.entries} entries of {self.codebook.dim} in {self.codebook.books} codebooks"
         sign = "symmetric" if self.symmetric else "asymmetric"
         sign = "shifted" if self.grid == "shifted" else sign
+        if self.bits == 1:
+            grid, sign = "binary", "±1"
         where = f"group {self.group_size}" if self.group_size else self.granularity
         where = f"channel of {self.group_size} tokens" if self.groups_tokens else where
         where = f"{self.clusters} clusters of channels" if self.clusters else where
@@ -226,7 +231,9 @@ class Scheme(BaseModel):
         for name in ("activation", "query", "key", "value"):
             part = getattr(self, name)
             if part is not None and part.grid == "shifted":
-                raise ValueError(f"the {name} has no grid shifted: only imported weights have")
+                raise ValueError(
+                    f"the {name} has no grid shifted: only imported and trained weights have"
+                )
         for name in ("weight", "query", "key", "value"):
             part = getattr(self, name)
             if part is not None and part.clusters:

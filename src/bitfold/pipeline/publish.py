@@ -78,7 +78,9 @@ def _report(job: Job, workdir: Workdir, distance: dict[str, Any]) -> dict[str, A
     bits = sum(block["bits"] for block in blocks)
     online = job.plan.online
     return {
-        "method": job.plan.recipe.method,
+        "method": job.plan.recipe.method
+        if found is None
+        else found.get("method", job.plan.recipe.method),
         "scheme": job.plan.recipe.scheme.notation + (" (mixed)" if job.allocation else ""),
         "bits_per_weight": bits / weights if weights else 16.0,
         **({} if online is None else {"online": online.to_json()}),

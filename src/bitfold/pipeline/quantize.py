@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from bitfold.pipeline.sensitivity import Store
 from bitfold.pipeline.shards import block_tensors, check_shard
 from bitfold.pipeline.step import refuse_nonfinite, step
 from bitfold.pipeline.streams import Streams
+from bitfold.pipeline.taught import Taught, stored_tensors
 from bitfold.pipeline.turned import TurnedSkeleton
 from bitfold.pipeline.verify import verify_blocks
 from bitfold.pipeline.workdir import Workdir, finished_request, refuse_foreign
@@ -67,6 +69,7 @@ def quantize(
     latency: float | None = None,
     mixed: Mixed | None = None,
     meant_for: str | Sequence[str] = (),
+    taught: Taught | None = None,
     progress: Progress | None = None,
 ) -> Quantization | Estimate:
     """Quantize a checkpoint into the directory `out`.
@@ -84,6 +87,8 @@ def quantize(
     meant_for: engines and formats that the result will be taken to (`export.fitting.ENGINES`): what does not fit them
     is said before anything is computed, scales are in the precision that they store, and without a scheme it is
     the one that suits them.
+
+    taught: weights that were trained elsewhere (`bitfold.train_qat`), which take the place of what is rounded.
 
     >>> bitfold.quantize("llama-3.2-1b", "llama-w4", method="awq", scheme="w4a16g128")  # doctest: +SKIP
 
@@ -122,6 +127,8 @@ def quantize(
         refuse_whatever_the_bits(job, engines)
         job = allocate(job, budget, mixed or Mixed(), files, keep=not dry_run, report=report)
     job = fitted(job, engines)
+    if taught is not None:
+        job = replace(job, request=taught.request(job.request))
     finished = finished_request(out)
     if finished not in (None, job.request) and not overwrite:
         raise OutputError(
@@ -138,7 +145,7 @@ def quantize(
     check_disk(job)
     with torch.no_grad(), workdir.opened(job.request):
         try:
-            resumed = _run(job, workdir, resume, report)
+            resumed = _run(job, workdir, resume, report, taught)
         except OutputError:
             raise  # what is finished stays: with room on the disk the run goes on
         except BitfoldError:
@@ -149,7 +156,9 @@ def quantize(
     return read_result(job, seconds=time.perf_counter() - start, resumed_blocks=resumed)
 
 
-def _run(job: Job, workdir: Workdir, resume: bool, report: Progress) -> int:
+def _run(
+    job: Job, workdir: Workdir, resume: bool, report: Progress, taught: Taught | None = None
+) -> int:
     """Quantize every block that is not done yet, verify the whole and publish it; returns how many were done."""
     skeleton, plan, dtype = job.skeleton, job.plan, job.dtype
     count = len(skeleton.blocks)
@@ -173,7 +182,7 @@ def _run(job: Job, workdir: Workdir, resume: bool, report: Progress) -> int:
         workdir.write_tensors(name, tensors)
         check_shard(workdir.path / name, skeleton, index, plan, block)
         workdir.finish_block(_block_entry(job, index, block, name, tensors), streams.save)
-    learned = _distil(job, workdir, streams, report)
+    learned = _distil(job, workdir, streams, report, taught)
     # Embeddings and head are the largest tensors of many models: no name keeps them while others are read.
     logits = skeleton.head(
         outer_weights(plan, outer_tensors(skeleton, plan, learned), dtype),
@@ -196,17 +205,22 @@ def _run(job: Job, workdir: Workdir, resume: bool, report: Progress) -> int:
     return resumed
 
 
-def _distil(job: Job, workdir: Workdir, streams: Streams, report: Progress) -> dict[str, Tensor]:
-    """Distil the model in the shards where the recipe asks for it, unless a killed run did; returns the tensors that
-    were learned and put into the shards. The streams of calibration windows are let go."""
-    if job.plan.recipe.distillation is None:
+def _distil(
+    job: Job, workdir: Workdir, streams: Streams, report: Progress, taught: Taught | None
+) -> dict[str, Tensor]:
+    """Distil the model in the shards where the recipe asks for it, or take what was taught, unless a killed run did;
+    returns the tensors that were learned and put into the shards. The streams of calibration windows are let go."""
+    if job.plan.recipe.distillation is None and taught is None:
         return {}
     count = len(job.skeleton.blocks)
 
     def say(done: int, total: int, what: str) -> None:
         report(count, count, f"{what} ({done} of {total})")
 
-    if workdir.distilled is None:
+    if workdir.distilled is None and taught is not None:
+        tensors = stored_tensors(job, taught)
+        workdir.finish_distillation({**taught.entry, "sums": tensor_sums(tensors)}, tensors)
+    elif workdir.distilled is None:
         learn(job, workdir, streams, say)
     streams.original = streams.quantized = None
     learned = {name: value.clone() for name, value in load_file(workdir.learned).items()}

@@ -1,15 +1,17 @@
 """A linear layer that keeps its weight packed, and unpacks it whenever it runs."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitfold.export.layout import input_buffers, input_scale_name
-from bitfold.export.native import unpack_weight
-from bitfold.numerics import Scheme, TensorScheme, packed_width
+from bitfold.export.layout import WeightFormat, input_buffers, input_scale_name
+from bitfold.export.native import NAME, to_tensors, unpack_weight
+from bitfold.numerics import QuantizedTensor, Scheme, TensorScheme, packed_width
 from bitfold.numerics.activation import quantize_input
 
-__all__ = ["QuantizedLinear"]
+__all__ = ["QuantizedLinear", "state_of"]
 
 _SCALES = ("input_scale", "input_global_scale", "input_share")
 
@@ -72,6 +74,31 @@ class QuantizedLinear(nn.Module):
         empty = torch.zeros(out_features, dtype=dtype, device=device)
         self.bias = nn.Parameter(empty, requires_grad=False) if bias else None
 
+    @classmethod
+    def of(
+        cls,
+        weight: QuantizedTensor | Tensor,
+        scheme: Scheme,
+        bias: Tensor | None,
+        calibrated: Mapping[str, Tensor] | None = None,
+    ) -> "QuantizedLinear":
+        """The layer of a weight [out, in] that is there: quantized, or plain where the scheme leaves it alone.
+
+        bias: [out]. calibrated: what is stored of its inputs, such as input_scale.
+        """
+        out_features, in_features = weight.shape
+        like = weight.scale if isinstance(weight, QuantizedTensor) else weight
+        layer = cls(
+            in_features,
+            out_features,
+            scheme,
+            bias=bias is not None,
+            dtype=like.dtype,
+            device=like.device,
+        )
+        layer.load_state_dict(state_of(weight, bias, calibrated or {}))
+        return layer
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] → [..., out]"""
         if self.scheme.activation is not None:
@@ -95,6 +122,18 @@ class QuantizedLinear(nn.Module):
         parts += [f"weight={weight.describe()}"] if weight else []
         parts += [f"activation={activation.describe()}"] if activation else []
         return ", ".join(parts)
+
+
+def state_of(
+    weight: QuantizedTensor | Tensor, bias: Tensor | None, calibrated: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The state dict of a layer of a weight [out, in]."""
+    state = {"weight": weight} if isinstance(weight, Tensor) else {}
+    if isinstance(weight, QuantizedTensor):
+        named = to_tensors("", weight, WeightFormat(NAME, ""))
+        state = {name.removeprefix("."): value for name, value in named.items()}
+    state |= {} if bias is None else {"bias": bias}
+    return {name: value.detach() for name, value in {**state, **calibrated}.items()}
 
 
 def _scale_shape(scheme: TensorScheme, out_features: int, in_features: int) -> tuple[int, int]:
