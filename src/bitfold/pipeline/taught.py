@@ -53,5 +53,10 @@ def stored_tensors(job: Job, taught: Taught) -> dict[str, Tensor]:
             raise FamilyError(
                 f"{name} is to be {wanted.describe()}, and {found}: train it in the recipe's scheme."
             )
+        if tensor.scale.dtype != plan.storage:
+            raise FamilyError(
+                f"{name} was trained with scales in {tensor.scale.dtype}, and the checkpoint stores {plan.storage}: "
+                "train it in that."
+            )
         stored |= plan.format.to_tensors(name, tensor, plan.choice.formats[name])
     return {name: value.cpu().contiguous() for name, value in stored.items()}

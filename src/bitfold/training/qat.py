@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -25,7 +26,7 @@ from bitfold.errors import CheckpointError, DataError, OutputError, RecipeError
 from bitfold.evaluate import evaluate
 from bitfold.evaluate.memory import peak_rss_mb
 from bitfold.evaluate.models import vocab_size
-from bitfold.export.reading import read_model
+from bitfold.export.reading import StoredModel, read_model
 from bitfold.models.checkpoint import sha256_of
 from bitfold.numerics import Scheme
 from bitfold.pipeline.quantize import Quantization, quantize
@@ -154,7 +155,8 @@ def train_qat(
             f"{out} holds an artifact: add --overwrite to replace it, or choose another -o."
         )
     base = find_checkpoint(model)
-    if read_model(base).schemes:
+    stored = read_model(base)
+    if stored.schemes or stored.loose:
         raise CheckpointError(
             f"{base} is quantized already: give the original, which training starts from."
         )
@@ -165,14 +167,15 @@ def train_qat(
     rows = text_windows(text, tokenizer, length, vocab_size(student))
     rows, check = held_back(rows, options.hold_back, options.seed)
     guide = None if teacher is None else _teacher(teacher, base, student, where)
-    parameters = _prepare(student, recipe.scheme, options)
+    storage = _storage(stored)
+    parameters = _prepare(student, recipe.scheme, options, storage)
     place = _training_place(out, fresh=not resume)
     request = _request(base, Path(text), teacher, length, options)
     loop = _loop(student, guide, parameters, rows, check, options, where)
     loop.state, loop.request, loop.progress = place / "state.safetensors", request, progress
     with quick_float32() if where.type == "cpu" else nullcontext():
         run = loop.run()
-    taught = _taught(student, parameters, run, options, guided=guide is not None)
+    taught = _taught(student, parameters, run, options, storage, guided=guide is not None)
     del student
     artifact = quantize(
         str(model), out, recipe=recipe, device=where, overwrite=overwrite, resume=resume, taught=taught,
@@ -225,13 +228,14 @@ def _recipe(options: QatOptions) -> Recipe:
     return recipe
 
 
-def _prepare(model: PreTrainedModel, scheme: Scheme, options: QatOptions) -> dict[str, Tensor]:
+def _prepare(
+    model: PreTrainedModel, scheme: Scheme, options: QatOptions, storage: torch.dtype
+) -> dict[str, Tensor]:
     """Put fake quantization into the linear layers of the blocks; returns what is trained, by name."""
     head = model.get_output_embeddings()
     outside = [name for name, module in model.named_modules() if module is head]
     like = {"lsq": "lsq", "qat": "minmax", "twn": "twn", "ternary": "learned_ternary"}
     fields = {"weights": like[options.method], "inputs": "dynamic", "scheme": scheme}
-    storage = _storage(model)
     prepare(model, preparation_of(fields), ignore=outside, storage=storage)
     trained = ("weight", "bias", "step", "size", "threshold")
     embeddings = {
@@ -244,11 +248,11 @@ def _prepare(model: PreTrainedModel, scheme: Scheme, options: QatOptions) -> dic
     return {name: one for name, one in model.named_parameters() if one.requires_grad}
 
 
-def _storage(model: PreTrainedModel) -> torch.dtype:
-    """In which the checkpoint, and so the artifact's scales, are stored."""
-    said = getattr(model.config.get_text_config(), "dtype", None)
-    dtype = getattr(torch, said) if isinstance(said, str) else said
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+def _storage(stored: StoredModel) -> torch.dtype:
+    """In which the checkpoint's weights, and so the artifact's scales, are stored."""
+    matrices = [one.dtype for one in stored.checkpoint.tensors.values() if len(one.shape) == 2]
+    ((dtype, _),) = Counter(matrices).most_common(1) or [(torch.float32, 0)]
+    return dtype
 
 
 def _teacher(
@@ -301,17 +305,18 @@ def _taught(
     parameters: dict[str, Tensor],
     run: LoopResult,
     options: QatOptions,
+    storage: torch.dtype,
     *,
     guided: bool,
 ) -> Taught:
     weights = quantized_weights(model)
     plain = {
-        name: parameter.detach().to(_storage(model))
+        name: parameter.detach().to(storage)
         for name, parameter in parameters.items()
         if ".weights." not in name and name.rpartition(".")[0] not in weights
     }
     plain |= {
-        f"{name}.bias": parameters[f"{name}.bias"].detach().to(_storage(model))
+        f"{name}.bias": parameters[f"{name}.bias"].detach().to(storage)
         for name in weights
         if f"{name}.bias" in parameters
     }
