@@ -115,6 +115,7 @@ MUST_NOT_REACH = {
     ),
     "data": ("pipeline", "cli", "report", "recipe", "models"),
     "evaluate": ("pipeline", "cli", "report", "recipe"),
+    "training": ("cli", "report", "engines"),
     "pipeline": ("cli", "report", "engines"),
     "engines": ("cli", "report"),
 }
