@@ -34,7 +34,7 @@ _Rate = Annotated[
 ]
 _BiasRate = Annotated[float | None, typer.Option(help="Of biases; default: 1e-3 · 4096 / width.")]
 _Length = Annotated[
-    int | None, typer.Option(help="Tokens of a window; default: the model's, at most 512.")
+    int | None, typer.Option(help="Tokens of a window; default: the model's, at most 256.")
 ]
 _Teacher = Annotated[
     str | None,

@@ -12,7 +12,7 @@ __all__ = ["AdapterOptions", "AdapterResult"]
 
 _LORA_RATE, _BIAS_RATE = 2e-4, 1e-3
 _WIDTH = 4096
-_LONGEST = 512
+_LONGEST = 256
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class AdapterOptions:
 
     rate: of LoRA's matrices; None: 2e-4, QLoRA's for LLaMA-7B, times 4096 / the model's width, since the best rate
     falls with the width (arXiv 2203.03466). bias_rate: of biases; None: 1e-3 in the same way. sequence_length: tokens
-    of a window; None: the model's, at most 512. hold_back: the share of the training windows, at most 16 of them, that
+    of a window; None: the model's, at most 256. hold_back: the share of the training windows, at most 16 of them, that
     the best state is chosen by; 0 keeps the last one. evaluate_windows: only the first so many of the evaluation text.
 
     rank, alpha, dropout: of LoRA, y = Wx + alpha/rank · BA · dropout(x) (arXiv 2106.09685). targets: the last parts of

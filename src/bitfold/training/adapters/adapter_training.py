@@ -43,7 +43,7 @@ from bitfold.runtime.load import load, load_tokenizer
 from bitfold.runtime.loading import quiet
 from bitfold.training.adapters.adapter_options import AdapterOptions, AdapterResult
 from bitfold.training.loop import Loop, LoopResult, Progress
-from bitfold.training.losses import next_token_loss, token_loss
+from bitfold.training.losses import token_loss
 from bitfold.training.text import held_back, text_windows
 from bitfold.version import VERSION
 
@@ -280,7 +280,6 @@ def _loop(
         return found
 
     def loss(ids: Tensor) -> Tensor:
-        ids = ids.to(device)
         guided = None
         if teacher is not None:
             with torch.no_grad():
@@ -288,18 +287,18 @@ def _loop(
         return token_loss(logits(ids), ids, guided, options.teacher_weight)
 
     def judge() -> float:
-        parts = check.to(device).split(options.batch)
-        losses = [float(next_token_loss(logits(ids), ids)) * len(ids) for ids in parts]
-        return sum(losses) / len(check)
+        # By what is trained for: with a teacher the text's own likelihood may well rise.
+        return sum(float(loss(ids)) * len(ids) for ids in check.split(options.batch)) / len(check)
 
     settings = options.loop(model.config.get_text_config().hidden_size)
     bias_rate = options.rates(model.config.get_text_config().hidden_size)[1]
+    check = check.to(device)
     checking: Callable[[], float] | None = judge if len(check) else None
     return Loop(
         model,
         student.parameters,
         loss,
-        rows,
+        rows.to(device),
         settings,
         check=checking,
         rates=dict.fromkeys(student.biases, bias_rate / settings.rate),
