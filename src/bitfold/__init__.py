@@ -22,9 +22,16 @@ from bitfold.runtime.kv_cache import quantized_cache
 from bitfold.runtime.load import load, load_tokenizer
 from bitfold.runtime.quick_loading import load_quick
 from bitfold.runtime.quicken import quicken
+from bitfold.training.adapters import (
+    AdapterOptions,
+    merge_adapter,
+    train_bitfit,
+    train_qlora,
+)
 from bitfold.version import VERSION as __version__  # noqa: N811
 
 __all__ = [
+    "AdapterOptions",
     "BitfoldError",
     "Mixed",
     "Quantization",
@@ -42,10 +49,13 @@ __all__ = [
     "load",
     "load_quick",
     "load_tokenizer",
+    "merge_adapter",
     "quantize",
     "quantized_cache",
     "quicken",
     "sensitivity",
+    "train_bitfit",
+    "train_qlora",
     "verify",
     "write_kl_base",
 ]

@@ -43,6 +43,7 @@ __all__ = [
 NF4 = "wnf4a16g64"
 """QLoRA's scheme: nf4 in groups of 64, whose scales are quantized too."""
 _FORMAT = WeightFormat(native.NAME, "")
+_NESTED = ("codes", "levels", "outer", "mean")
 
 
 class FrozenLinear(QuantizedLinear):
@@ -74,7 +75,7 @@ class FrozenLinear(QuantizedLinear):
         if nested is not None:
             self.block = nested.block
             self.register_buffer("weight_scale", None)
-            for name in ("codes", "levels", "outer", "mean"):
+            for name in _NESTED:
                 self.register_buffer(f"nested_{name}", getattr(nested, name))
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
@@ -107,8 +108,8 @@ class FrozenLinear(QuantizedLinear):
 
     def _stored(self, name: str) -> Tensor:
         if name == "weight_scale" and self.block:
-            parts = (self.get_buffer(f"nested_{n}") for n in ("codes", "levels", "outer", "mean"))
-            return NestedScale(*parts, block=self.block).values()
+            codes, levels, outer, mean = (self.get_buffer(f"nested_{part}") for part in _NESTED)
+            return NestedScale(codes, levels, outer, mean, self.block).values()
         return self.get_buffer(name)
 
 
@@ -245,7 +246,7 @@ def _as_stored(
             )
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
         linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
-        linear.bias = bias
+        linear.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach()))
         return linear
     found = stored.read_nested(name)
     return FrozenLinear(

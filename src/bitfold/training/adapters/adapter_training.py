@@ -96,8 +96,8 @@ def train_adapter(
             f"{base} is an adapter: give the base, or merge the adapter into it first (`bitfold train merge`)"
         )
     tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
-    for file in [text, *([] if evaluation is None else [Path(evaluation)])]:
-        read_text(file)
+    for one in [text, *([] if evaluation is None else [Path(evaluation)])]:
+        read_text(one)
     notation = _scheme_of(base, options)
     said = base if Path(model).expanduser().is_dir() else str(model)
     file = AdapterFile(
