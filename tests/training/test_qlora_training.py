@@ -322,6 +322,9 @@ def test_texts_that_cannot_be(made: Path, tmp_path: Path) -> None:
     given = (made / "artifact", made / "text.txt", tmp_path / "out")
     with pytest.raises(DataError, match="empty"):
         train_qlora(*given, options=options(), evaluation=empty)
+    with pytest.raises(DataError, match="one window needs 12"):
+        train_qlora(*given, options=options(), evaluation=short)
+    assert not (tmp_path / ".out.partial").exists()
     assert not (tmp_path / "out").exists()
 
 
@@ -349,6 +352,8 @@ def test_an_output_that_is_there_or_cannot_be(made: Path, tmp_path: Path) -> Non
         train_qlora(*given, copy, options=options(steps=1))
     train_qlora(*given, copy, options=options(steps=1), overwrite=True)
     assert json.loads((copy / MARK).read_text())["figures"]["steps"] == 1
+    with pytest.raises(OutputError, match="the base itself"):
+        train_qlora(*given, made / "artifact", options=options(steps=1), overwrite=True)
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path / "file" / "below", tmp_path):
         with pytest.raises(OutputError):

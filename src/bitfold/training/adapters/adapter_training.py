@@ -95,6 +95,8 @@ def train_adapter(
         raise CheckpointError(
             f"{base} is an adapter: give the base, or merge the adapter into it first (`bitfold train merge`)"
         )
+    if out == base.absolute():
+        raise OutputError(f"{out} is the base itself, which an adapter needs: choose another -o")
     tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
     for one in [text, *([] if evaluation is None else [Path(evaluation)])]:
         read_text(one)
@@ -132,10 +134,10 @@ def train_adapter(
         return _perplexity(student.model, Path(evaluation), tokenizer, length, options)
 
     request = _request(file, text, teacher, length, wanted, options)
+    before = perplexity()
     with Workdir(out).opened(request) as workdir:
         if not resume:
             workdir.restart()
-        before = perplexity()
         loop = _loop(student, rows, check, guide, options, where)
         loop.state, loop.request, loop.progress = workdir.root / _STATE, request, progress
         with quick_float32() if where.type == "cpu" else nullcontext():
