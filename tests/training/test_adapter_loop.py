@@ -71,6 +71,17 @@ def test_a_step_is_adamw_of_the_whole_batch_clipped() -> None:
         assert float(parameter) == pytest.approx(expected, rel=1e-9)
 
 
+def test_pieces_of_unequal_size_are_one_batch() -> None:
+    """10 rows in pieces of 4, 3 and 3; steps whose gradients differ, since Adam's first knows only their signs."""
+    found = []
+    for pieces in (1, 3):
+        model = linear().double()
+        asked = options(steps=5, batch=10, accumulate=pieces, clip=None)
+        result = loop(model, asked, rows=ROWS.double()).run()
+        found.append([*result.losses, *(float(p.detach()) for p in model.parameters())])
+    assert found[1] == pytest.approx(found[0], rel=1e-9)
+
+
 def test_rates_of_single_parameters() -> None:
     model = linear()
     weight, bias = (p.detach().clone() for p in model.parameters())
