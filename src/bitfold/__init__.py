@@ -23,9 +23,16 @@ from bitfold.runtime.load import load, load_tokenizer
 from bitfold.runtime.quick_loading import load_quick
 from bitfold.runtime.quicken import quicken
 from bitfold.training import calibrate, convert, penalty, prepare
+from bitfold.training.adapters import (
+    AdapterOptions,
+    merge_adapter,
+    train_bitfit,
+    train_qlora,
+)
 from bitfold.version import VERSION as __version__  # noqa: N811
 
 __all__ = [
+    "AdapterOptions",
     "BitfoldError",
     "Mixed",
     "Quantization",
@@ -45,12 +52,15 @@ __all__ = [
     "load",
     "load_quick",
     "load_tokenizer",
+    "merge_adapter",
     "penalty",
     "prepare",
     "quantize",
     "quantized_cache",
     "quicken",
     "sensitivity",
+    "train_bitfit",
+    "train_qlora",
     "verify",
     "write_kl_base",
 ]

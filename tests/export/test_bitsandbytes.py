@@ -20,6 +20,7 @@ from bitfold.errors import CheckpointError
 from bitfold.export.importing import import_checkpoint
 from bitfold.export.reading import read_model
 from bitfold.numerics import QuantizedTensor
+from bitfold.runtime.frozen import FrozenLinear, load_frozen
 from models_zoo import TOKENS, build
 
 # Dettmers et al. 2023, appendix E; and the E2M1-like levels of fp4, sign in the upper bit.
@@ -203,3 +204,24 @@ def test_damage_is_named(
     with pytest.raises(CheckpointError, match=sentence):
         import_checkpoint(source, tmp_path / "b")
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_adapters_are_trained_on_the_same_values(case: str, tmp_path: Path) -> None:
+    """As a frozen base: packed, and nested scales as they are stored where blocks end with rows."""
+    kind, nested, size = CASES[case]
+    source, values = written(tmp_path / "a", kind, nested=nested, size=size)
+    model = load_frozen(source, device=torch.device("cpu"), dtype=torch.float32)
+    stays = {}
+    for name, exact in values.items():
+        layer = model.get_submodule(name.removesuffix(".weight"))
+        packed = isinstance(layer, FrozenLinear)
+        assert packed == (kind != "fp4")
+        weight = layer.dequantize(torch.float32) if packed else layer.weight
+        assert np.abs(weight.double().numpy() - exact).max() < 1e-6 * np.abs(exact).max()
+        stays[name] = packed and layer.block
+    # Rows of 64 inputs; those of 96 share blocks.
+    expected = 256 if case == "nf4-nested" else 0
+    assert stays["model.layers.1.self_attn.q_proj.weight"] == expected
+    assert not stays[f"{EDGE}.weight"]
+    assert torch.isfinite(model(input_ids=TOKENS).logits).all()

@@ -9,6 +9,7 @@ from bitfold.cli.formats import export, import_
 from bitfold.cli.looking import demo, generate, inspect, recipes
 from bitfold.cli.measuring import eval, verify
 from bitfold.cli.quantizing import quantize
+from bitfold.cli.training import train
 from bitfold.errors import did_you_mean
 from bitfold.report.ending import USAGE_ERROR, ending
 from bitfold.version import VERSION
@@ -68,6 +69,7 @@ _add(inspect, "inspect ./llama-w4")
 _add(recipes, "recipes awq")
 _add(generate, 'generate ./llama-w4 --prompt "Once upon a time" --max-new-tokens 40')
 _add(demo, "demo")
+app.add_typer(train, name="train")
 
 
 def main() -> None:

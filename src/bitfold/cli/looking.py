@@ -7,7 +7,7 @@ import typer
 from rich.markup import escape
 
 from bitfold.cli.options import Device, Dtype, Json, Model
-from bitfold.report import outcome, terminal
+from bitfold.report import outcome, terminal, trained
 from bitfold.report.progress import showing_progress
 
 __all__ = ["demo", "generate", "inspect", "recipes"]
@@ -22,6 +22,8 @@ def inspect(model: Model, json: Json = False) -> None:
         terminal.print_json(content)
         return
     console = terminal.console()
+    if "adapter" in content:
+        console.print(trained.adapter_table(content["adapter"]))
     for one in terminal.description_tables(content):
         console.print(one)
     if "recipe" in content:

@@ -17,9 +17,10 @@ from torch import Tensor
 from bitfold.errors import CheckpointError
 from bitfold.models.checkpoint import Checkpoint
 from bitfold.numerics import QuantizedTensor, TensorScheme
+from bitfold.numerics.nested_scale import NestedScale
 from bitfold.numerics.quantize import NF4_LEVELS
 
-__all__ = ["NAME", "PARTS", "Loose", "decode", "read_layers"]
+__all__ = ["NAME", "PARTS", "Loose", "decode", "nested", "read_layers"]
 
 NAME = "bitsandbytes"
 _STATES = ("quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4")
@@ -76,6 +77,25 @@ def decode(name: str, tensors: Mapping[str, Tensor], scheme: TensorScheme) -> Qu
     start = torch.arange(0, rows * columns, gcd(columns, state["blocksize"]))
     scale = absmax[start // state["blocksize"]].reshape(rows, -1)
     return QuantizedTensor(_codes(name, tensors, state), scale, None, scheme)
+
+
+def nested(name: str, tensors: Mapping[str, Tensor]) -> NestedScale | None:
+    """The nested scales of a weight, as they are stored; None where its blocks are not the groups of `decode`.
+
+    Their values are the scales of `decode`.
+    """
+    state = _parsed(tensors[f"{name}.weight.{_STATES[0]}"])
+    rows, columns = state["shape"]
+    absmax = tensors[f"{name}.weight.absmax"].flatten()
+    if columns % state["blocksize"] or absmax.numel() != rows * columns // state["blocksize"]:
+        return None
+    return NestedScale(
+        codes=absmax.view(rows, -1),
+        levels=tensors[f"{name}.weight.nested_quant_map"].float(),
+        outer=tensors[f"{name}.weight.nested_absmax"].float(),
+        mean=torch.tensor(float(state["nested_offset"])),
+        block=int(state["nested_blocksize"]),
+    )
 
 
 def _place(

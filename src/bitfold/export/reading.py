@@ -14,6 +14,7 @@ from bitfold.export.gptq import read_packed
 from bitfold.export.layout import WeightFormat
 from bitfold.models.checkpoint import Checkpoint
 from bitfold.numerics import QuantizedTensor, Scheme, TensorScheme
+from bitfold.numerics.nested_scale import NestedScale
 
 __all__ = ["StoredModel", "read_model"]
 
@@ -106,6 +107,14 @@ class StoredModel:
                 f"{self.checkpoint.path} does not hold the weight of {layer} as its config.json says "
                 f"({' '.join(str(error).split())}): copy or make it again."
             ) from error
+
+    def read_nested(self, layer: str) -> NestedScale | None:
+        """The scales of a layer's weight where they are stored in few bits themselves: some of bitsandbytes' are."""
+        names = [f"{layer}.{part}" for part in bitsandbytes.PARTS]
+        there = [name for name in names if name in self.checkpoint.tensors]
+        if f"{layer}.weight.nested_absmax" not in there or layer not in self.schemes:
+            return None
+        return bitsandbytes.nested(layer, self.checkpoint.read(there))
 
     def calibrated(self, layer: str) -> dict[str, Tensor]:
         """What was found on calibration text for the input of a linear layer, by its name behind the layer's."""

@@ -12,6 +12,7 @@ from bitfold.models.family import head_counts
 from bitfold.models.headers import is_export, read_json
 from bitfold.report.describing_exports import describe_export
 from bitfold.report.describing_gguf import describe_gguf
+from bitfold.runtime.adapted import LORA_CONFIG, base_of, is_adapter, read_adapter
 from bitfold.runtime.checkpoint import find_checkpoint
 
 __all__ = ["describe"]
@@ -26,6 +27,9 @@ def describe(model: str | Path) -> dict[str, Any]:
     sites (kind and modules), and for an artifact format, method, scheme, bits_per_weight, online (what runs unfolded,
     where anything does), distillation (where there was one), probe, layers, recipe, provenance.
 
+    Of an adapter: path, size_bytes, kind (`adapter`), adapter (what its file says, and LoRA's rank, alpha and targets),
+    and for the rest its base's.
+
     Raises CheckpointError where the directory cannot be read.
     """
     if Path(model).expanduser().is_file():
@@ -33,6 +37,8 @@ def describe(model: str | Path) -> dict[str, Any]:
     path = find_checkpoint(model)
     if is_export(path):
         return describe_export(path)
+    if is_adapter(path):
+        return _adapter(path)
     checkpoint = Checkpoint(path)
     config = read_config(checkpoint)
     dtypes: dict[str, int] = defaultdict(int)
@@ -64,6 +70,18 @@ def describe(model: str | Path) -> dict[str, Any]:
         for site in family.sites(config)
     ]
     return result | _artifact(path, checkpoint)
+
+
+def _adapter(path: Path) -> dict[str, Any]:
+    said = read_adapter(path)
+    adapter: dict[str, Any] = vars(said) | {"kinds": list(said.kinds)}
+    if "lora" in said.kinds:
+        config = read_json(path / LORA_CONFIG)
+        adapter |= {"rank": config["r"], "alpha": config["lora_alpha"]}
+        adapter |= {"targets": config["target_modules"]}
+    size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+    mine = {"path": str(path), "kind": "adapter", "size_bytes": size, "adapter": adapter}
+    return describe(base_of(path, said)) | mine
 
 
 def _kind(path: Path, checkpoint: Checkpoint) -> str:

@@ -48,7 +48,7 @@ def ending(command: Callable[[], int | None]) -> NoReturn:
 
 
 def _say_interrupted() -> None:
-    resumes = sys.argv[1:2] == ["quantize"]
+    resumes = sys.argv[1:2] in (["quantize"], ["train"])
     more = ": the same command goes on where it was." if resumes else "."
     terminal.console(stderr=True).print(f"Interrupted{more}")
 

@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import io
-import re
-import textwrap
-import warnings
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import (
@@ -18,14 +11,15 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
 
 from bitfold.errors import BitfoldError, CheckpointError
 from bitfold.models.headers import read_json
+from bitfold.runtime.adapted import base_of, is_adapter, load_adapted, read_adapter
 from bitfold.runtime.checkpoint import check_checkpoint, find_checkpoint
 from bitfold.runtime.device import resolve_device, resolve_dtype
+from bitfold.runtime.loading import cannot_load, check_report, quiet
 
-__all__ = ["cannot_load", "check_report", "load", "load_tokenizer", "quiet"]
+__all__ = ["load", "load_tokenizer"]
 
 VOCABULARIES = (
     "tokenizer.json",
@@ -37,7 +31,6 @@ VOCABULARIES = (
     "tekken.json",
     "*.tiktoken",
 )
-LAYER = re.compile(r"^(.*?)\.\d+\.")
 
 
 def load(
@@ -51,7 +44,8 @@ def load(
 
     device   "auto" (CUDA if there is one, else the CPU), "cpu", "cuda", "cuda:1"
     dtype    "auto" (float32 on the CPU, else the checkpoint's own), "float32", "bfloat16", …
-    Artifacts of bitfold in the compressed-tensors format load in the same way.
+    Artifacts of bitfold in the compressed-tensors format load in the same way; so do the adapters of `bitfold train`,
+    on their base, which stays packed.
 
     Raises CheckpointError for whatever is wrong with the checkpoint, weights that are missing or
     that the model has no place for included: transformers would make up the former and drop the
@@ -61,6 +55,10 @@ def load(
     dtype = resolve_dtype(dtype, device)
     with quiet():
         directory = find_checkpoint(model, with_code=trust_remote_code)
+        if is_adapter(directory):
+            return load_adapted(
+                directory, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+            )
         check_checkpoint(directory)
         try:
             loaded, report = AutoModelForCausalLM.from_pretrained(
@@ -88,6 +86,8 @@ def load_tokenizer(
     """The tokenizer of a checkpoint; CheckpointError if its files are missing or broken."""
     with quiet():
         directory = find_checkpoint(model, with_code=trust_remote_code)
+        if is_adapter(directory):  # which brings none of its own
+            directory = base_of(directory, read_adapter(directory))
         if not any(found for name in VOCABULARIES for found in directory.glob(name)):
             raise CheckpointError(
                 f"{directory} has no tokenizer (neither tokenizer.json nor tokenizer.model): "
@@ -102,35 +102,6 @@ def load_tokenizer(
             )
         except Exception as error:  # whatever transformers raises is about these files
             raise cannot_load(directory, error, "the tokenizer of ") from error
-
-
-def check_report(directory: Path, report: dict[str, Any], names: Collection[str]) -> None:
-    """Every weight of the model came from the checkpoint, and none of its layers was left over."""
-    if mismatched := sorted(report["mismatched_keys"]):
-        name, found, expected = mismatched[0]
-        raise CheckpointError(
-            f"{directory}: {name} has shape {list(found)}, but config.json makes it {list(expected)} "
-            f"({len(mismatched)} of other shapes): weights and config.json are of different models; "
-            "copy or download them again."
-        )
-    if missing := sorted(report["missing_keys"]):
-        raise CheckpointError(
-            f"{directory} has no weights for {missing[0]}, which config.json asks for ({len(missing)} missing): "
-            "the checkpoint is incomplete or config.json is of another model; copy or download them again."
-        )
-    # Leftovers of other parts (a vision tower, say) are no harm; a layer's own weights, or a layer
-    # that config.json does not count, would give another function than the one that was trained.
-    layers = {found[1] for name in names if (found := LAYER.match(name))}
-    left_over = sorted(
-        name
-        for name in report["unexpected_keys"]
-        if (found := LAYER.match(name)) and found[1] in layers
-    )
-    if left_over:
-        raise CheckpointError(
-            f"{directory}: config.json has no place for {left_over[0]} ({len(left_over)} left over): "
-            "weights and config.json are of different models; copy or download them again."
-        )
 
 
 def _decompress(model: PreTrainedModel) -> None:
@@ -151,34 +122,3 @@ def _decompress(model: PreTrainedModel) -> None:
             module.weight.data = module.weight.data.to(model.dtype)
     # It leaves every parameter behind an offloading cache, which costs a third of decoding speed.
     remove_dispatch(model, onload_tensors=True)
-
-
-def cannot_load(directory: Path, error: Exception, what: str = "") -> CheckpointError:
-    """The error for whatever transformers raised over a checkpoint."""
-    # Without a sentence of its own (KeyError: 'added_tokens') an error needs its name to be read.
-    said = str(error) if " " in str(error) else f"{type(error).__name__} {error}"
-    reason = textwrap.shorten(said, width=200, placeholder=" …")
-    return CheckpointError(
-        f"It is not possible to load {what}{directory} ({reason.rstrip('.')}): "
-        "copy or download it again, all files of one model."
-    )
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars and no warnings of the libraries below; everything as it was, afterwards.
-
-    Errors are exceptions, so nothing that matters is lost with stderr, which is the only way to
-    silence the bars of compressed-tensors.
-    """
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

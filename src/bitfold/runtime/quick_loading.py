@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers import PreTrainedModel
 
 from bitfold.errors import BitfoldError
 from bitfold.export import compressed_tensors
 from bitfold.export.reading import StoredModel, read_model
 from bitfold.numerics import QuantizedTensor
+from bitfold.runtime.adapted import is_adapter
 from bitfold.runtime.checkpoint import check_checkpoint, find_checkpoint
 from bitfold.runtime.device import resolve_device, resolve_dtype
-from bitfold.runtime.load import cannot_load, check_report, load, quiet
+from bitfold.runtime.load import load
+from bitfold.runtime.loading import quiet
 from bitfold.runtime.quick_outer import CastEmbedding
 from bitfold.runtime.quicken import (
     QuickLayer,
@@ -27,10 +26,10 @@ from bitfold.runtime.quicken import (
     quicken,
     quicken_head,
 )
+from bitfold.runtime.rest_loading import load_rest
 
-__all__ = ["QuickConfig", "QuickHfQuantizer", "load_quick"]
+__all__ = ["load_quick"]
 
-_NAME = "bitfold-quick"
 _HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -53,6 +52,10 @@ def load_quick(
     wanted = resolve_dtype(dtype, where)
     with quiet():
         directory = find_checkpoint(model, with_code=trust_remote_code)
+        if is_adapter(directory):  # whose layers are more than a product
+            return load(
+                directory, device=where, dtype=dtype, trust_remote_code=trust_remote_code
+            ), []
         check_checkpoint(directory)
     if where.type == "cpu" and wanted in (torch.float32, torch.bfloat16):
         stored = _read(directory)
@@ -62,43 +65,6 @@ def load_quick(
             loaded = load(directory, device=where, dtype=dtype, trust_remote_code=trust_remote_code)
             return loaded, quicken(loaded, directory)
     return load(directory, device=where, dtype=dtype, trust_remote_code=trust_remote_code), []
-
-
-@register_quantization_config(_NAME)
-class QuickConfig(QuantizationConfigMixin):
-    """Names the layers whose weights transformers is to leave out."""
-
-    def __init__(self, layers: list[str], **settings: Any) -> None:
-        del settings
-        self.quant_method, self.layers = _NAME, layers
-
-    def to_dict(self) -> dict[str, Any]:
-        """What `from_dict` takes."""
-        return {"quant_method": _NAME, "layers": self.layers}
-
-
-@register_quantizer(_NAME)
-class QuickHfQuantizer(HfQuantizer):
-    """Has transformers load all but the weights of quantized layers."""
-
-    requires_calibration = True
-
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        for name in self.quantization_config.layers:
-            linear = model.get_submodule(name)
-            # What is left of the layer is a bias, if it has one.
-            rest = nn.Module()
-            rest.register_parameter("bias", getattr(linear, "bias", None))
-            model.set_submodule(name, rest)
-
-    def is_serializable(self) -> bool:
-        """What is packed for a processor is no format."""
-        return False
-
-    @property
-    def is_trainable(self) -> bool:
-        """No gradient reaches packed weights."""
-        return False
 
 
 def _read(directory: Path) -> StoredModel | None:
@@ -135,31 +101,11 @@ def _shape(stored: StoredModel, name: str) -> tuple[int, int] | None:
 def _straight(
     directory: Path, stored: StoredModel, dtype: torch.dtype, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, list[QuickLayer]]:
-    with quiet():
-        try:
-            config = AutoConfig.from_pretrained(
-                directory, local_files_only=True, trust_remote_code=trust_remote_code
-            )
-            config.quantization_config = QuickConfig(list(stored.schemes)).to_dict()
-            model, report = AutoModelForCausalLM.from_pretrained(
-                directory,
-                config=config,
-                dtype="auto",
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they come back in the report instead
-            )
-        except Exception as error:  # whatever transformers raises is about this checkpoint
-            raise cannot_load(directory, error) from error
-        mine = tuple(f"{name}." for name in stored.schemes)
-        rest = [name for name in report["unexpected_keys"] if not name.startswith(mine)]
-        check_report(directory, report | {"unexpected_keys": rest}, model.state_dict().keys())
+    model = load_rest(directory, stored.schemes, trust_remote_code=trust_remote_code)
     layers = [_fill(model, name, stored) for name in stored.schemes]
     layers += quicken_head(model, stored.schemes)
     _run_in(model, dtype)
-    return model.eval(), layers
+    return model, layers
 
 
 def _fill(model: PreTrainedModel, name: str, stored: StoredModel) -> QuickLayer:

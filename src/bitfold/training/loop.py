@@ -202,7 +202,7 @@ class Loop:
         # Drawn anew for each step: so a resumed run draws what an uninterrupted one does.
         torch.manual_seed((self.options.seed << 32) + now.step)
         optimizer.zero_grad()
-        batch = self.rows[self._chosen(now.step)]
+        batch = self.rows[self._chosen(now.step).to(self.rows.device)]
         total = 0.0
         for piece in batch.tensor_split(min(self.options.accumulate, len(batch))):
             share = len(piece) / len(batch)
