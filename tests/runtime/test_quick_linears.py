@@ -13,7 +13,8 @@ from bitfold.numerics import (
     to_groups,
 )
 from bitfold.runtime import quick_int4, quick_int8
-from bitfold.runtime.quick_int4 import DEQUANTIZED_FROM, Int4Linear, no_int4
+from bitfold.runtime.compiled import DISABLED, forget_kernels
+from bitfold.runtime.quick_int4 import Int4Linear, dequantized_from, int4_kernel, no_int4
 from bitfold.runtime.quick_int8 import THREE_DIGITS_UP_TO, Int8Linear, no_int8
 from bitfold.runtime.quick_outer import ROWS, CastEmbedding, HalfLinear, no_half
 
@@ -48,7 +49,7 @@ def with_outlier(tokens: int, columns: int) -> Tensor:
 
 
 @needs_int4
-@pytest.mark.parametrize("tokens", [1, 3, DEQUANTIZED_FROM // 2 - 1, DEQUANTIZED_FROM // 2])
+@pytest.mark.parametrize("tokens", [1, 3, dequantized_from() // 2 - 1, dequantized_from() // 2])
 @pytest.mark.parametrize("rows", [64, 200, 1100])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(
@@ -68,11 +69,46 @@ def test_int4(bits: int, group: int | None, symmetric: bool, rows: int, tokens: 
     assert found.shape == (2, tokens, rows)
     # What comes out is rounded once; so is an input of more tokens than are split, and each weight of a long prompt.
     size = x.double().abs() @ weight.abs().T
-    every = 0 if 2 * tokens <= quick_int4.SPLIT_UP_TO else 1 if 2 * tokens < DEQUANTIZED_FROM else 2
+    every = (
+        0 if 2 * tokens <= quick_int4.SPLIT_UP_TO else 1 if 2 * tokens < dequantized_from() else 2
+    )
     rest = 2 * ROUNDOFF**2 if every == 0 else ROUNDOFF * every
     bound = ROUNDOFF * (wanted - bias).abs() + (rest + 2e-6) * size
     assert ((found - wanted).abs() <= bound * 1.01).all()
     assert torch.equal(linear.dequantize(torch.bfloat16), tensor.dequantize(torch.bfloat16))
+
+
+@pytest.mark.skipif(int4_kernel().library is None, reason=int4_kernel().why)
+@pytest.mark.parametrize("block", [64, 32])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("rows", [64, 200, 1100])
+def test_compiled_weights_are_those_of_the_passes(
+    rows: int, symmetric: bool, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit, in either processor's layout, in several threads too."""
+
+    def pack(codes: Tensor) -> Tensor:
+        blocks = (codes.int() + 8).view(-1, block, codes.shape[1]).transpose(1, 2)
+        packed = blocks[..., : block // 2] | (blocks[..., block // 2 :] << 4)
+        return packed.to(torch.uint8).reshape(len(codes), -1)
+
+    monkeypatch.setattr(quick_int4, "_block", lambda: block)
+    monkeypatch.setattr(quick_int4, "_pack", pack)
+    scheme = TensorScheme(bits=4, symmetric=symmetric, granularity="group", group_size=64)
+    tensor = rounded(scheme, rows, 2048)
+    tensor.scale[::7] *= 1e-38  # products that are subnormal, and 0
+    linear, x = Int4Linear(tensor, None), random(64, 2048)
+    found = []
+    for disabled in ("", "1"):
+        monkeypatch.setenv(DISABLED, disabled)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+        forget_kernels()
+        found.append((linear.dequantize(torch.bfloat16), linear(x)))
+    monkeypatch.undo()
+    forget_kernels()
+    assert torch.equal(found[0][0], tensor.dequantize(torch.bfloat16))
+    assert torch.equal(found[1][0], found[0][0])
+    assert (found[0][1] - found[1][1]).abs().max() <= 0.02 * found[0][1].abs().max()
 
 
 @needs_int4
@@ -186,7 +222,7 @@ def test_what_has_no_form() -> None:
 
 def test_unknown_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is not as it was measured is not used."""
-    monkeypatch.setattr(quick_int4, "_layout_is_known", lambda: False)
+    monkeypatch.setattr(quick_int4, "_block", lambda: None)
     monkeypatch.setattr(quick_int8, "_is_exact", lambda: False)
     assert "layout" in str(no_int4(FEW, (64, 64), torch.bfloat16))
     assert "not exact" in str(no_int8(BYTES))

@@ -9,12 +9,14 @@ rounding that is left here:
   and e times the sum of the group's inputs is added in float32.
 * An input in float32 is two rows in bfloat16, x = high + low, which one or two tokens get for nearly nothing.
 
-The kernel's time grows with the rows. From `DEQUANTIZED_FROM` tokens on, weights are turned into bfloat16, a chunk of
+The kernel's time grows with the rows. From `dequantized_from()` tokens on, weights are turned into bfloat16, a chunk of
 channels at a time, and multiplied as usual: (c − 8 − z) exactly, times s, which is rounded once, as transformers does.
+`kernels/int4.c` does that where the machine has a compiler; elsewhere passes of PyTorch give the same numbers.
 """
 
 from __future__ import annotations
 
+import ctypes
 from functools import cache
 
 import torch
@@ -22,17 +24,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitfold.numerics import QuantizedTensor, Scheme
+from bitfold.runtime.compiled import Kernel, kernel
 from bitfold.runtime.device import has_fast_bfloat16
 
-__all__ = ["DEQUANTIZED_FROM", "Int4Linear", "no_int4"]
+__all__ = ["Int4Linear", "dequantized_from", "int4_kernel", "no_int4"]
 
-DEQUANTIZED_FROM = 64
-"""Tokens. On a Zen 5 core 2048 · 5632 weights take 0.33 ms for 1 row, 1.1 for 8, 6.6 for 48; to turn them into bfloat16
-takes 5 to 6 ms, and multiplying 64 rows 4 ms more."""
+_FROM_COMPILED, _FROM_PLAIN = 32, 64
+"""Tokens. 2048 · 5632 weights on a Zen 5 core, by passes of PyTorch: 0.33 ms for 1 row, 1.1 for 8, 6.6 for 48; to turn
+them into bfloat16 takes 5 to 6 ms, and multiplying 64 rows 4 ms more. On a Zen 3 core, compiled: 13 ms for 16 rows, 27
+for 32; to turn them into float32 takes 2 to 4, and multiplying 32 rows 20. Compiled on the former: not measured."""
 SPLIT_UP_TO = 2
 """Tokens whose input is given as two rows in bfloat16: up to 4 rows take at most 1.7 times what 1 takes."""
-BLOCK = 64
-"""Channels that PyTorch's layout keeps together where there is AVX-512."""
+_BLOCKS = (64, 32)
+"""Channels that PyTorch's layout keeps together: where there is AVX-512, and where there is AVX2."""
+_WHOLE = 64
+"""Channels are filled up to a multiple of it."""
 CHUNK = 512
 """Channels that are turned into bfloat16 at a time: they stay in the processor's cache until they are multiplied."""
 _GROUPS = (256, 128, 64, 32)
@@ -54,8 +60,10 @@ def no_int4(scheme: Scheme, shape: tuple[int, int], scale: torch.dtype) -> str |
         return "groups must be multiples of 32 inputs for the 4-bit product"
     if scale != torch.bfloat16:
         return f"the 4-bit product takes scales in bfloat16, and these are {str(scale)[6:]}"
-    if not _layout_is_known():
-        return "the layout of PyTorch's 4-bit product on this processor is not the one of AVX-512"
+    if _block() is None:
+        return (
+            "the layout of PyTorch's 4-bit product on this processor is not that of AVX-512 or AVX2"
+        )
     return None
 
 
@@ -68,14 +76,14 @@ class Int4Linear(nn.Module):
     """The product with a quantized weight [out, in] that `no_int4` has nothing against.
 
     packed: [⌈out/64⌉·64, in/2] uint8 as PyTorch packs it: blocks of 64 channels, each [in, 32], of which byte i has
-        channel i in its lower and 32 + i in its upper half. Channels are in the order in which `_weights` need not
-        reorder them; place: [channels] int64, where each is.
-    scales_offsets: [groups, channels, 2] bfloat16, in that order too. zero: [groups, channels] int8, and lost:
-        [groups, channels] float32, e of above; None where all zero-points are 0.
+        channel i in its lower and 32 + i in its upper half; with AVX2 of 32 channels, likewise.
+    scales_offsets: [groups, channels, 2] bfloat16. zero: [groups, channels] int8, and lost: [groups, channels]
+        float32, e of above; None where all zero-points are 0. order: [channels] int64, those channels in the order in
+        which the passes of PyTorch give their weights.
     """
 
     packed: Tensor
-    place: Tensor
+    order: Tensor
     scales_offsets: Tensor
     zero: Tensor | None
     lost: Tensor | None
@@ -94,7 +102,7 @@ class Int4Linear(nn.Module):
             # Differences of fewer bits are codes of 4 themselves.
             codes = codes - zero.repeat_interleave(self.in_features // zero.shape[1], dim=1)
             zero = None
-        rows = -self.out_features % BLOCK
+        rows = -self.out_features % _WHOLE
         codes = F.pad(codes, (0, 0, 0, rows))
         scale = _per_group(tensor.scale, times, rows)
         zeros = None if zero is None else _per_group(zero, times, rows)
@@ -102,11 +110,12 @@ class Int4Linear(nn.Module):
         if zeros is not None:
             wanted = -zeros.float() * scale.float()
         offset = wanted.to(torch.bfloat16)
-        place = _places(len(codes))
-        order = torch.argsort(place)
-        self.register_buffer("place", place)
-        self.register_buffer("packed", _pack(codes[order]))
-        self.register_buffer("scales_offsets", torch.stack([scale, offset], dim=-1)[:, order])
+        block = _block()
+        assert block is not None
+        self.block = block
+        self.register_buffer("order", _order(len(codes), block))
+        self.register_buffer("packed", _pack(codes))
+        self.register_buffer("scales_offsets", torch.stack([scale, offset], dim=-1))
         self.register_buffer("zero", zeros)
         self.register_buffer("lost", None if zeros is None else wanted - offset.float())
         self.register_buffer("bias", None if bias is None else bias.detach().float())
@@ -114,7 +123,7 @@ class Int4Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] → [..., out], in the dtype of x."""
         rows = x.reshape(-1, self.in_features)
-        few = len(rows) < DEQUANTIZED_FROM
+        few = len(rows) < dequantized_from()
         found = self._by_codes(rows) if few else self._by_weights(rows)
         if self.bias is not None:
             found = found + self.bias
@@ -122,8 +131,11 @@ class Int4Linear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in], rounded to bfloat16."""
-        chunks = [self._weights(at).T for at in range(0, len(self.packed), CHUNK)]
-        return torch.cat(chunks)[: self.out_features].to(dtype)
+        chunks = [self._weights(at, torch.bfloat16).T for at in range(0, len(self.packed), CHUNK)]
+        found = torch.cat(chunks)
+        if int4_kernel().library is None:
+            found = found[self.order.argsort()]
+        return found[: self.out_features].to(dtype)
 
     def _by_codes(self, rows: Tensor) -> Tensor:
         high = rows.to(torch.bfloat16)
@@ -132,7 +144,7 @@ class Int4Linear(nn.Module):
         found = torch.ops.aten._weight_int4pack_mm_for_cpu(
             given, self.packed, self.group_size, self.scales_offsets
         )
-        found = found.index_select(1, self.place).float()
+        found = found.float()
         if split:
             found = found[:count].add_(found[count:])
         if self.lost is not None:
@@ -146,12 +158,34 @@ class Int4Linear(nn.Module):
         rows = rows.to(dtype)
         found = rows.new_empty(len(rows), len(self.packed))
         for at in range(0, len(self.packed), CHUNK):
-            torch.mm(rows, self._weights(at).to(dtype), out=found[:, at : at + CHUNK])
+            torch.mm(rows, self._weights(at, dtype), out=found[:, at : at + CHUNK])
+        if int4_kernel().library is None:
+            found = found.index_select(1, self.order.argsort())
         return found[:, : self.out_features]
 
-    def _weights(self, at: int) -> Tensor:
-        """The weights of `CHUNK` channels from `at` on, transposed: [in, channels] bfloat16."""
-        blocks = self.packed[at : at + CHUNK].view(-1, self.in_features, BLOCK // 2)
+    def _weights(self, at: int, dtype: torch.dtype) -> Tensor:
+        """The weights of `CHUNK` channels from `at` on, transposed: [in, channels], rounded to bfloat16.
+
+        dtype: bfloat16 or float32. In the channels' own order if they are compiled, else in `order`.
+        """
+        library = int4_kernel().library
+        if library is None:
+            return self._weights_by_passes(at).to(dtype)
+        channels = min(CHUNK, len(self.packed) - at)
+        found = torch.empty(self.in_features, channels, dtype=dtype)
+        half = dtype == torch.bfloat16
+        library.int4_weights(
+            *(self.packed.data_ptr(), self.scales_offsets.data_ptr()),
+            None if self.zero is None else self.zero.data_ptr(),
+            *(self.in_features, self.block, self.group_size, len(self.packed), at, channels),
+            *(found.data_ptr() if half else None, None if half else found.data_ptr()),
+            torch.get_num_threads(),
+        )
+        return found
+
+    def _weights_by_passes(self, at: int) -> Tensor:
+        """In bfloat16, in `order`."""
+        blocks = self.packed[at : at + CHUNK].view(-1, self.in_features, self.block // 2)
         words = blocks.transpose(0, 1).contiguous().view(torch.int32).flatten(1)
         # A word has 8 codes. 0x4300 is 128 in bfloat16, and has the ones' place as its last bit: so two codes of 4
         # bits, 16 bits apart, become two numbers 128 + c by an addition of bits.
@@ -160,13 +194,14 @@ class Int4Linear(nn.Module):
             part = numbers[:, shift]
             torch.bitwise_right_shift(words, 4 * shift, out=part)
             part.bitwise_and_(0x000F000F).bitwise_or_(0x43004300)
-        groups = self.scales_offsets.shape[0]
+        groups, order = self.scales_offsets.shape[0], self.order[at : at + CHUNK]
         values = numbers.flatten(1).view(torch.bfloat16).unflatten(0, (groups, self.group_size))
         if self.zero is None:
             values.sub_(128 + 8)
         else:
-            values.sub_((self.zero[:, None, at : at + CHUNK]).to(torch.bfloat16) + 136)
-        scale = self.scales_offsets[..., 0].index_select(1, self.place[at : at + CHUNK])
+            zero = self.zero.index_select(1, order)
+            values.sub_(zero[:, None].to(torch.bfloat16) + 136)
+        scale = self.scales_offsets[..., 0].index_select(1, order)
         return values.mul_(scale[:, None]).flatten(0, 1)
 
     def extra_repr(self) -> str:
@@ -187,25 +222,69 @@ def _pack(codes: Tensor) -> Tensor:
     return torch.cat(packed)
 
 
-def _places(channels: int) -> Tensor:
-    """Where each channel is packed: that of nibble 4 l + 2 o + h of word j of block b of its chunk, which is channel
-    64 b + 32 h + 4 j + 2 l + o in PyTorch's layout, comes in the order of o, h, b, j, l out of `_weights`."""
+def _order(channels: int, block: int) -> Tensor:
+    """The channels as the passes of PyTorch give them: that of nibble 4 l + 2 o + h of word j of block b of its chunk,
+    which is channel `block` b + `block`/2 h + 4 j + 2 l + o, comes in the order of o, h, b, j, l."""
     chunks = [
-        chunk.view(-1, 2, 8, 2, 2).permute(4, 1, 0, 2, 3).flatten()
+        chunk.view(-1, 2, block // 8, 2, 2).permute(4, 1, 0, 2, 3).flatten()
         for chunk in torch.arange(channels).split(CHUNK)
     ]
     return torch.cat(chunks)
 
 
 @cache
-def _layout_is_known() -> bool:
-    """Whether PyTorch packs here as `Int4Linear` reads it; the layout depends on the processor."""
+def _block() -> int | None:
+    """How many channels PyTorch keeps together here, if it packs as `Int4Linear` reads it; that depends on the
+    processor."""
     generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(0, 16, (2 * BLOCK, 64), generator=generator, dtype=torch.int32)
+    codes = torch.randint(0, 16, (128, 64), generator=generator, dtype=torch.int32)
     try:
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
     except (AttributeError, RuntimeError):  # an older PyTorch, or one built without it
-        return False
-    blocks = codes.view(2, BLOCK, 64).transpose(1, 2)
-    known = blocks[..., : BLOCK // 2] | (blocks[..., BLOCK // 2 :] << 4)
-    return torch.equal(packed.flatten(), known.to(torch.uint8).flatten())
+        return None
+    for block in _BLOCKS:
+        blocks = codes.view(-1, block, 64).transpose(1, 2)
+        known = blocks[..., : block // 2] | (blocks[..., block // 2 :] << 4)
+        if torch.equal(packed.flatten(), known.to(torch.uint8).flatten()):
+            return block
+    return None
+
+
+# -- the kernel ---------------------------------------------------------------------------------------
+
+
+def int4_kernel() -> Kernel:
+    """What turns codes into weights on this machine, and why; its library is None for passes of PyTorch."""
+    return _told(kernel("int4"))
+
+
+def dequantized_from() -> int:
+    """From how many tokens on weights are turned into bfloat16."""
+    return _FROM_PLAIN if int4_kernel().library is None else _FROM_COMPILED
+
+
+@cache
+def _told(found: Kernel) -> Kernel:
+    """The kernel with its arguments declared; without its library where that does not give what it should."""
+    if found.library is None:
+        return found
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    found.library.int4_weights.argtypes = [*[pointer] * 3, *[integer] * 6, *[pointer] * 2, integer]
+    found.library.int4_weights.restype = None
+    if not all(_is_right(found.library, block) for block in _BLOCKS):
+        return Kernel(found.name, None, "plain PyTorch: the compiled kernel errs on this machine")
+    return found
+
+
+def _is_right(library: ctypes.CDLL, block: int) -> bool:
+    """Whether every code becomes the number that it stands for: compilers, and instructions, differ."""
+    packed = torch.arange(256, dtype=torch.uint8).repeat(block).view(2, -1, block // 2)
+    codes = torch.cat([packed & 15, packed >> 4], dim=-1).transpose(0, 1).flatten(1).float() - 8
+    scales = torch.linspace(-3, 5, 4 * block).bfloat16().view(1, -1, 2)
+    zeros = torch.arange(2 * block).remainder(16).sub(8).to(torch.int8)[None]
+    found = torch.empty(codes.shape, dtype=torch.bfloat16)
+    library.int4_weights(
+        *(packed.data_ptr(), scales.data_ptr(), zeros.data_ptr(), len(codes), block, len(codes)),
+        *(2 * block, 0, 2 * block, found.data_ptr(), None, 1),
+    )
+    return torch.equal(found, ((codes - zeros) * scales[..., 0].float()).bfloat16())

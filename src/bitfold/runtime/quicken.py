@@ -54,7 +54,7 @@ _ATTENDED = "something runs before or behind it"
 _FORMS = {
     Int4Linear: (
         "int4",
-        "codes of 4 bits by PyTorch's 4-bit product; from 64 tokens on as bfloat16",
+        "codes of 4 bits by PyTorch's 4-bit product; for many tokens as bfloat16",
     ),
     Int8Linear: ("int8", "codes of 8 bits by oneDNN's products of bytes"),
     HalfLinear: ("half", "16 bits by FBGEMM's product of float32 and float16"),
