@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from bitfold.errors import ExportError, did_you_mean
+from bitfold.export.executorch_file import export_executorch
 from bitfold.export.exported import Exported, Progress, check_place
 from bitfold.export.gguf_file import export_gguf
 from bitfold.export.onnx_file import export_onnx
@@ -28,6 +29,9 @@ class Target:
     directory: bool = False
 
 
+# Tokens that a cache of a fixed size has room for.
+_CONTEXTS = (1024, 256, 512, 2048, 4096, 8192)
+
 TARGETS: dict[str, Target] = {
     "gguf": Target({"gguf": export_gguf}),
     "gptq": Target({"gptq": export_gptq}, directory=True),
@@ -38,6 +42,9 @@ TARGETS: dict[str, Target] = {
     ),
     "openvino": Target({"openvino": export_openvino}, directory=True),
     "torch": Target({"torch": export_torch}, directory=True),
+    "executorch": Target(
+        {str(n): partial(export_executorch, context=n) for n in _CONTEXTS}, directory=True
+    ),
 }
 
 
