@@ -7,8 +7,8 @@ FILE                     model.pte or model.tflite
 DIRECTORY/tokens.npy     token ids [length] int64
 DIRECTORY/logits.npy     is written: [length, vocabulary] float32 behind each of them
 
-On stdout there are lines of JSON, at first {"version": …}, and for each line on stdin, {"start": the place of the first
-token}, one of {"done": {"seconds": …, "peak": bytes of memory}} or {"failed": …}; all else goes to stderr. It ends when
+On stdout there are lines of JSON, at first {"version": …, "memory": bytes of the process before the model}, and for each line on stdin, {"start": the place of the first
+token}, one of {"done": {"seconds": …, "peak": bytes that it had at most}} or {"failed": …}; all else goes to stderr. It ends when
 stdin does.
 """
 
@@ -18,6 +18,7 @@ import resource
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,22 +27,28 @@ import numpy as np
 
 __all__ = ["main"]
 
+Decode = Callable[[np.ndarray, int], np.ndarray]
+"""Token ids [length] and the place of the first → logits [length, vocabulary]."""
+
 
 def main(format: str, file: Path, directory: Path) -> None:
     """Answer the lines of stdin."""
     say = _line_writer()
     try:
-        engine = {"executorch": _ExecuTorch, "litert": _LiteRt}[format](file)
+        kind = _KINDS[format]
+        start = kind.start()
+        before = _peak()
+        decode = start(file)
     except Exception as error:  # whatever the engine raises is the answer
         traceback.print_exc()
         say({"failed": f"{type(error).__name__} {error}"})
         return
-    say({"version": version(engine.package)})
+    say({"version": version(kind.package), "memory": before})
     for line in sys.stdin:
         try:
             tokens = np.load(directory / "tokens.npy")
             began = time.perf_counter()
-            logits = engine.decode(tokens, json.loads(line)["start"])
+            logits = decode(tokens, json.loads(line)["start"])
             seconds = time.perf_counter() - began
             np.save(directory / "logits.npy", logits)
             say({"done": {"seconds": seconds, "peak": _peak()}})
@@ -53,40 +60,61 @@ def main(format: str, file: Path, directory: Path) -> None:
 class _ExecuTorch:
     package = "executorch"
 
-    def __init__(self, file: Path) -> None:
+    @classmethod
+    def start(cls) -> Callable[[Path], Decode]:
+        """Import the engine, with one thread; what loads a file and gives what runs it."""
         import torch
+        from executorch.extension.pybindings import portable_lib
         from executorch.runtime import Runtime
 
-        self._torch = torch
-        self._method = Runtime.get().load_program(str(file)).load_method("forward")
+        portable_lib._unsafe_reset_threadpool(1)
 
-    def decode(self, tokens: np.ndarray, start: int) -> np.ndarray:
-        torch = self._torch
-        given = [torch.from_numpy(tokens)[None].contiguous(), torch.tensor([start])]
-        logits: np.ndarray = self._method.execute(given)[0][0].numpy()
-        return logits
+        def load(file: Path) -> Decode:
+            method = Runtime.get().load_program(str(file)).load_method("forward")
+
+            def decode(tokens: np.ndarray, start: int) -> np.ndarray:
+                given = [torch.from_numpy(tokens)[None].contiguous(), torch.tensor([start])]
+                logits: np.ndarray = method.execute(given)[0][0].numpy()
+                return logits
+
+            return decode
+
+        return load
 
 
 class _LiteRt:
     package = "ai-edge-litert"
 
-    def __init__(self, file: Path) -> None:
+    @classmethod
+    def start(cls) -> Callable[[Path], Decode]:
+        """As `_ExecuTorch.start`."""
         from ai_edge_litert.interpreter import Interpreter
 
-        self._interpreter = Interpreter(model_path=str(file), num_threads=1)
-        self._run = self._interpreter.get_signature_runner("decode")
-        self._cache = {
-            name: np.zeros(one["shape"], np.float32)
-            for name, one in self._run.get_input_details().items()
-            if name.startswith("past_")
-        }
+        def load(file: Path) -> Decode:
+            interpreter = Interpreter(model_path=str(file), num_threads=1)
+            run = interpreter.get_signature_runner("decode")
+            cache = {
+                name: np.zeros(one["shape"], np.float32)
+                for name, one in run.get_input_details().items()
+                if name.startswith("past_")
+            }
 
-    def decode(self, tokens: np.ndarray, start: int) -> np.ndarray:
-        places = np.arange(start, start + len(tokens), dtype=np.int32)
-        found = self._run(tokens=tokens[None].astype(np.int32), input_pos=places, **self._cache)
-        self._cache = {name: found[name.replace("past_", "present_")] for name in self._cache}
-        logits: np.ndarray = found["logits"][0]
-        return logits
+            def decode(tokens: np.ndarray, start: int) -> np.ndarray:
+                places = np.arange(start, start + len(tokens), dtype=np.int32)
+                found = run(tokens=tokens[None].astype(np.int32), input_pos=places, **cache)
+                cache.update({name: found[name.replace("past_", "present_")] for name in cache})
+                logits: np.ndarray = found["logits"][0]
+                return logits
+
+            return decode
+
+        return load
+
+
+_KINDS: dict[str, type[_ExecuTorch] | type[_LiteRt]] = {
+    "executorch": _ExecuTorch,
+    "litert": _LiteRt,
+}
 
 
 def _peak() -> int:

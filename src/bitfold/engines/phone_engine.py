@@ -40,14 +40,20 @@ PHONE_FORMATS: Mapping[str, PhoneFormat] = {
 
 
 class PhoneEngine(Stepwise):
-    """A model of one sequence with its cache. Attributes: version (of the engine), seconds (of the last answer), peak
-    (bytes of memory that its process had at most)."""
+    """A model of one sequence with its cache.
+
+    Attributes: version (of the engine), seconds (of the last answer), memory
+    (bytes that its process took for the model at most)."""
 
     def __init__(self, ask: Callable[[Mapping[str, Any]], Mapping[str, Any]], place: Path) -> None:
         self._ask, self._place = ask, place
-        self.version = ""
-        self.seconds, self.peak = 0.0, 0
+        self.version, self.seconds, self.memory = "", 0.0, 0
+        self._before = 0
         self.start()
+
+    def started(self, said: Mapping[str, Any]) -> None:
+        """Take in what the script says at first."""
+        self.version, self._before = said["version"], said["memory"]
 
     def start(self) -> None:
         """Forget all tokens."""
@@ -57,7 +63,8 @@ class PhoneEngine(Stepwise):
         """Logits [tokens, vocabulary] behind each token, which go on from those before. Raises EngineError."""
         np.save(self._place / "tokens.npy", np.array(tokens, dtype=np.int64))
         said = self._ask({"start": self._position})
-        self.seconds, self.peak = said["done"]["seconds"], said["done"]["peak"]
+        self.seconds = said["done"]["seconds"]
+        self.memory = said["done"]["peak"] - self._before
         self._position += len(tokens)
         return torch.from_numpy(np.load(self._place / "logits.npy"))
 
@@ -83,7 +90,7 @@ def phone_engine(directory: Path, format: str, python: Path) -> Iterator[PhoneEn
     its = PHONE_FORMATS[format]
     with tempfile.TemporaryDirectory(prefix="bitfold-phone-") as name:
         place = Path(name)
-        arguments = [format, (directory / its.file).absolute(), place]
+        arguments: list[str | Path] = [format, (directory / its.file).absolute(), place]
         with talking(python, _CHILD, arguments, place / "log") as (hear, send):
 
             def heard() -> Mapping[str, Any]:
@@ -99,7 +106,6 @@ def phone_engine(directory: Path, format: str, python: Path) -> Iterator[PhoneEn
                 send(json.dumps(content))
                 return heard()
 
-            version = heard()["version"]
             engine = PhoneEngine(ask, place)
-            engine.version = version
+            engine.started(heard())
             yield engine

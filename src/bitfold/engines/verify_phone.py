@@ -35,7 +35,7 @@ def verify_phone(
     was changed, or the difference; CheckpointError for what cannot be read; EngineError without the engine.
     """
     format = format_of(directory)
-    if format not in PHONE_FORMATS:
+    if format is None or format not in PHONE_FORMATS:
         raise VerificationError(
             f"{directory} is for another engine than ExecuTorch and LiteRT: leave --engine out."
         )

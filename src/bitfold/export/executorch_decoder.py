@@ -65,6 +65,8 @@ class IntegerLinear(nn.Module):
 class _Plain(nn.Module):
     """A linear layer that is not quantized, in float32."""
 
+    bias: Tensor | None
+
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)

@@ -101,9 +101,7 @@ class LiteRtDecoder:
     def _prepare(self, places: int) -> None:
         """Where new keys go, which tokens are seen, and the rotary embedding's angles."""
         graph, context = self._graph, self._context
-        first = graph.op(
-            "SLICE", (1,), places, graph.integers(0), graph.integers(1), dtype="INT32"
-        )
+        first = graph.op("SLICE", (1,), places, graph.integers(0), graph.integers(1), dtype="INT32")
         nothing = graph.integers(0, 0)
         start = (nothing, first, graph.integers(0))
         self._start = graph.op("CONCATENATION", (4,), *start, dtype="INT32", axis=0)
@@ -151,9 +149,7 @@ class LiteRtDecoder:
             kept.append((f"present_{kind}_{layer}", now))
         # Queries that share a KV head are rows of one matrix.
         shared = self._reshape(query, 1, kv_heads, -1, size)
-        scores = graph.op(
-            "BATCH_MATMUL", (1, kv_heads, -1, context), shared, kept[0][1], adjY=True
-        )
+        scores = graph.op("BATCH_MATMUL", (1, kv_heads, -1, context), shared, kept[0][1], adjY=True)
         scores = self._reshape(scores, heads, -1, context)
         scores = graph.op("ADD", (heads, -1, context), scores, self._mask)
         shares = graph.op("SOFTMAX", (heads, -1, context), scores, beta=1.0)

@@ -70,7 +70,9 @@ def export_litert(model: StoredModel, out: Path, progress: Progress, *, context:
         write_sums(directory, "litert", sums, more, data=LITERT_FILE)
         size = bytes_of(directory)
     progress(1, 1, "done")
-    return Exported(out, "litert", size, dict(linears.types), tuple(_notes(model, linears, context)))
+    return Exported(
+        out, "litert", size, dict(linears.types), tuple(_notes(model, linears, context))
+    )
 
 
 def _notes(model: StoredModel, linears: TfLinears, context: int) -> Iterator[str]:

@@ -80,6 +80,8 @@ class TfLinears:
             self.scale_error = max(self.scale_error, change)
             # XNNPACK has scales of groups in bfloat16, and makes them of these.
             self.scale_error = max(self.scale_error, half_of(half, torch.bfloat16)[1])
-            stored = self._graph.weight(f"{name}.scales", half.numpy().astype(np.float16), "FLOAT16")
+            stored = self._graph.weight(
+                f"{name}.scales", half.numpy().astype(np.float16), "FLOAT16"
+            )
             how = {"blocks": (stored, block)}
         return self._graph.weight(name, raw, f"INT{bits}", tuple(value.shape), **how)

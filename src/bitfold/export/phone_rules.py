@@ -14,21 +14,21 @@ from bitfold.export.reading import StoredModel
 from bitfold.numerics import QuantizedTensor, TensorScheme
 
 __all__ = [
-    "INPUT_BITS",
     "block_of",
     "check_phone",
     "expected_inputs",
+    "half_of",
     "input_notes",
     "unsuitable_input",
     "unsuitable_weight",
 ]
 
-INPUT_BITS = 8
+_INPUT_BITS = 8
 _BLOCK = 32
 
 
-def unsuitable_weight(scheme: TensorScheme, shape: tuple[int, int]) -> str | None:
-    """Why XNNPACK has no kernel for a weight [out, in], with what to do; None where it has one."""
+def unsuitable_weight(scheme: TensorScheme) -> str | None:
+    """Why XNNPACK has no kernel for a weight, with what to do; None where it has one."""
     if scheme.grid != "int" or scheme.kept:
         return "it multiplies integers alone: choose a scheme such as w4a8g32 or w8a8"
     if not scheme.symmetric:
@@ -36,9 +36,10 @@ def unsuitable_weight(scheme: TensorScheme, shape: tuple[int, int]) -> str | Non
     if scheme.granularity != "group":
         return None
     if scheme.bits > 4:
-        return "its weights of more than 4 bits have a scale per row: set weight.granularity=channel"
-    size = scheme.group_size or shape[1]
-    if size % _BLOCK:
+        return (
+            "its weights of more than 4 bits have a scale per row: set weight.granularity=channel"
+        )
+    if (scheme.group_size or 0) % _BLOCK:
         return f"its groups are multiples of {_BLOCK} inputs: set weight.group_size={_BLOCK}"
     return None
 
@@ -47,7 +48,7 @@ def unsuitable_input(scheme: TensorScheme | None) -> str | None:
     """Why inputs would be rounded otherwise than was asked, and not only more finely; None where they would not."""
     if scheme is None:
         return None
-    same = scheme.grid == "int" and scheme.bits == INPUT_BITS and not scheme.narrow
+    same = scheme.grid == "int" and scheme.bits == _INPUT_BITS and not scheme.narrow
     if same and scheme.granularity == "token" and not scheme.clipped:
         return None
     return (
@@ -67,18 +68,18 @@ def check_phone(model: StoredModel, engine: str) -> None:
                     "both, or use another --to."
                 )
             continue
-        value = model.checkpoint.path
-        why = unsuitable_weight(scheme.weight, (0, _BLOCK))
+        path = model.checkpoint.path
+        why = unsuitable_weight(scheme.weight)
         if why is not None:
             raise ExportError(
-                f"{name} of {value} has {scheme.weight.describe()} weights, for which {engine} has no kernel, for "
+                f"{name} of {path} has {scheme.weight.describe()} weights, for which {engine} has no kernel, for "
                 f"{why}; or use another --to."
             )
         why = unsuitable_input(scheme.activation)
         if why is not None:
             assert scheme.activation is not None
             raise ExportError(
-                f"{name} of {value} has {scheme.activation.describe()} inputs, which {engine} would round otherwise, "
+                f"{name} of {path} has {scheme.activation.describe()} inputs, which {engine} would round otherwise, "
                 f"for {why}; or use another --to."
             )
 
