@@ -20,7 +20,7 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            help="gguf (llama.cpp), onnx (ONNX Runtime), openvino, torch (torch.export), executorch, litert, gptq or awq."
+            help="gguf (llama.cpp), onnx (ONNX Runtime), openvino, torch (torch.export), executorch, litert, gptq, awq."
         ),
     ],
     out: Annotated[

@@ -75,8 +75,8 @@ def run_script(
 def talking(
     python: Path, script: Path, arguments: Sequence[str | Path], log: Path
 ) -> Iterator[Talk]:
-    """A script that answers lines by lines, while it runs: what hears the next of its objects of JSON, and what sends it
-    a line; its stderr goes to `log`.
+    """A script that answers lines by lines, while it runs: what hears the next of its objects of JSON, and what sends
+    it a line; its stderr goes to `log`.
 
     Hearing raises EngineError where it has ended.
     """

@@ -7,9 +7,9 @@ FILE                     model.pte or model.tflite
 DIRECTORY/tokens.npy     token ids [length] int64
 DIRECTORY/logits.npy     is written: [length, vocabulary] float32 behind each of them
 
-On stdout there are lines of JSON, at first {"version": …, "memory": bytes of the process before the model}, and for each line on stdin, {"start": the place of the first
-token}, one of {"done": {"seconds": …, "peak": bytes that it had at most}} or {"failed": …}; all else goes to stderr. It ends when
-stdin does.
+On stdout there are lines of JSON, at first {"version": …, "memory": bytes of the process before the model}, and for
+each line on stdin, {"start": the place of the first token}, one of {"done": {"seconds": …, "peak": bytes that it had at
+most}} or {"failed": …}; all else goes to stderr. It ends when stdin does.
 """
 
 import json

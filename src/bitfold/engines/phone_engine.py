@@ -97,8 +97,8 @@ def phone_engine(directory: Path, format: str, python: Path) -> Iterator[PhoneEn
                 said = hear()
                 if "failed" in said:
                     raise EngineError(
-                        f"{directory} does not run in {its.name} ({say_shortly(said['failed'])}): export it again by the "
-                        "version of the engine that it is to run in"
+                        f"{directory} does not run in {its.name} ({say_shortly(said['failed'])}): export it again by "
+                        "the version of the engine that it is to run in"
                     )
                 return said
 

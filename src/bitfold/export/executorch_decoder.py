@@ -1,6 +1,7 @@
 """A stored model as a program of ExecuTorch: layers in the operations that its XNNPACK backend multiplies in integers,
 and a cache of a fixed number of tokens inside the program."""
 
+import importlib
 from typing import Any
 
 import torch
@@ -23,9 +24,9 @@ _LENGTH = 5
 class IntegerLinear(nn.Module):
     """y = x̂ Ŵᵀ + b, x̂ rounded to 8 bits for each token with a zero-point.
 
-    Buffers: codes [out, in] int8; scale [out], or [out, groups] where there are blocks, float32; zero int8 zeros in that
-    shape. XNNPACK's partitioner takes these operations for one layer, and stores the codes (4 bits in halves of a byte,
-    8 more than they are) and the scales (of blocks in bfloat16) as they are given.
+    Buffers: codes [out, in] int8; scale [out], or [out, groups] where there are blocks, float32; zero int8 zeros in
+    that shape. XNNPACK's partitioner takes these operations for one layer, and stores the codes (4 bits in halves of a
+    byte, 8 more than they are) and the scales (of blocks in bfloat16) as they are given.
     """
 
     codes: Tensor
@@ -36,6 +37,8 @@ class IntegerLinear(nn.Module):
     def __init__(self, value: QuantizedTensor, scale: Tensor, bias: Tensor | None) -> None:
         """scale: [out, groups] as XNNPACK will have them."""
         super().__init__()
+        # It makes the operations known that `forward` is written in.
+        importlib.import_module("torch.ao.quantization.fx._decomposed")
         self._block = block_of(value)
         self.bits = 4 if value.scheme.bits <= 4 else 8
         scale = scale.expand(value.shape[0], -1)
@@ -113,6 +116,10 @@ class _Cache:
     """What attention in transformers asks of a cache, with room for a fixed number of tokens."""
 
     is_compileable = False
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        """Asked where positions are not given, and they are."""
+        return 0
 
     def __init__(self, decoder: "CachedDecoder", places: Tensor) -> None:
         self._decoder, self._places = decoder, places

@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +15,6 @@ from bitfold.errors import ExportError, MissingExtraError
 from bitfold.export.directory import appearing, bytes_of
 from bitfold.export.executorch_decoder import (
     CachedDecoder,
-    IntegerLinear,
     PhoneLinears,
     trace_cached,
 )
@@ -39,9 +37,9 @@ def export_executorch(
 ) -> Exported:
     """Write an artifact as a directory with model.pte, which appears whole or not at all.
 
-    context: tokens that the cache has room for, if the model sees as many. All weights are in memory. Raises ExportError
-    for what XNNPACK would compute differently, OutputError where it cannot be written, MissingExtraError without the
-    package executorch.
+    context: tokens that the cache has room for, if the model sees as many. All weights are in memory. Raises
+    ExportError for what XNNPACK would compute differently, OutputError where it cannot be written, MissingExtraError
+    without the package executorch.
     """
     refuse_unsaid(model, "ExecuTorch")
     check_phone(model, "ExecuTorch")
@@ -60,8 +58,8 @@ def export_executorch(
             plain, types = build_decoder(model, config, step, linears)
         except OverflowError as error:
             raise ExportError(
-                f"{model.checkpoint.path}: {error} of bfloat16, in which XNNPACK has scales of groups: quantize it again, "
-                "or use another --to."
+                f"{model.checkpoint.path}: {error} of bfloat16, in which XNNPACK has scales of groups: quantize it "
+                "again, or use another --to."
             ) from error
         decoder = CachedDecoder(plain.network, context).eval()
         step("tracing")
@@ -70,9 +68,7 @@ def export_executorch(
         (directory / EXECUTORCH_FILE).write_bytes(lower(traced, len(linears.integers)))
         step("looking for the integers in the file")
         copy_companions_of(model, directory)
-        stored = stored_in(
-            directory / EXECUTORCH_FILE, _integers(linears), _others(decoder, linears)
-        )
+        stored = stored_in(directory / EXECUTORCH_FILE, _integers(linears), _others(decoder))
         more = {
             "input_bits": 8,
             "context": context,
@@ -96,7 +92,7 @@ def _integers(linears: PhoneLinears) -> dict[str, Any]:
     return found
 
 
-def _others(decoder: CachedDecoder, linears: PhoneLinears) -> dict[str, Any]:
+def _others(decoder: CachedDecoder) -> dict[str, Any]:
     """By name, the bytes of parameters that are not quantized, if they lie in the file as they are here."""
     return {name.removeprefix("network."): _raw(p) for name, p in decoder.named_parameters()}
 
@@ -129,8 +125,6 @@ def _package() -> Any:
             xnnpack: Any = importlib.import_module(
                 "executorch.backends.xnnpack.partition.xnnpack_partitioner"
             )
-            # They make the operations known that the layers are written in.
-            importlib.import_module("torch.ao.quantization.fx._decomposed")
     except ImportError as error:
         raise MissingExtraError(
             "Programs of ExecuTorch are written with the package executorch: pip install -c constraints.txt "

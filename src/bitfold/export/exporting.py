@@ -67,7 +67,8 @@ def export_to(
     directory for ONNX Runtime; `openvino`, one for OpenVINO; `torch`, one with a
     graph of torch.export; `executorch` and `litert`, those for phones. out: the exact path.
     form: of onnx `fast` (the usual one: all integers in 4 bits, or in two times 4), `compact` (in 2, 4 or 8) or
-    `tensorrt` (explicit QuantizeLinear and DequantizeLinear of 8 bits, the rest in half precision); of executorch and litert how many tokens the cache has room for (1024).
+    `tensorrt` (explicit QuantizeLinear and DequantizeLinear of 8 bits, the rest in half precision); of executorch and
+    litert how many tokens the cache has room for (1024).
     progress: (steps done, of how many, which).
 
     >>> bitfold.export_to("llama-w4", "gguf", "llama-w4.gguf")  # doctest: +SKIP

@@ -1,8 +1,8 @@
 """Decoders of Llama's kind as a graph of LiteRT, block by block as transformers computes them, in float32.
 
-Inputs: `tokens` [1, length] and `input_pos` [length] int32, their positions; `past_key_N` and `past_value_N` [1, KV heads,
-context, head_dim]. Outputs: `logits` [1, length, vocabulary] and `present_key_N`, `present_value_N`, the same with what
-is new in its place. A graph is of one length at a time: an interpreter resizes its inputs.
+Inputs: `tokens` [1, length] and `input_pos` [length] int32, their positions; `past_key_N` and `past_value_N`
+[1, KV heads, context, head_dim]. Outputs: `logits` [1, length, vocabulary] and `present_key_N`, `present_value_N`, the
+same with what is new in its place. A graph is of one length at a time: an interpreter resizes its inputs.
 """
 
 from collections.abc import Callable

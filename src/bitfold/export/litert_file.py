@@ -55,8 +55,8 @@ def export_litert(model: StoredModel, out: Path, progress: Progress, *, context:
                 decoder.write()
             except OverflowError as error:
                 raise ExportError(
-                    f"{model.checkpoint.path}: {error} of half precision, in which LiteRT has scales of groups: quantize "
-                    "with --for litert, or use another --to."
+                    f"{model.checkpoint.path}: {error} of half precision, in which LiteRT has scales of groups: "
+                    "quantize with --for litert, or use another --to."
                 ) from error
         stored = graph.finish(directory / LITERT_FILE, weights, f"bitfold {VERSION}")
         weights.unlink()

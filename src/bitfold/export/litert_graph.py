@@ -1,7 +1,7 @@
 """A model of LiteRT (a TFLite flatbuffer) that is built operator by operator, its weights behind the flatbuffer.
 
-LiteRT's schema.fbs: a buffer has its bytes inside, or an `offset` in the file and a `size`, which is what models of more
-than 2 GB have. Here all have the latter, at multiples of 64 bytes.
+LiteRT's schema.fbs: a buffer has its bytes inside, or an `offset` in the file and a `size`, which is what models of
+more than 2 GB have. Here all have the latter, at multiples of 64 bytes.
 """
 
 import importlib
@@ -28,7 +28,8 @@ _ALIGNED = 64
 class TfGraph:
     """One subgraph, a signature `decode`, and its constants. A value is the index of its tensor.
 
-    Weights are written to `data`, one at a time; `finish` puts them behind the flatbuffer. Dimensions that change are −1.
+    Weights are written to `data`, one at a time; `finish` puts them behind the flatbuffer. Dimensions that change are
+    −1.
     """
 
     def __init__(self, data: BinaryIO) -> None:
@@ -82,8 +83,8 @@ class TfGraph:
         scales: Array | None = None,
         blocks: tuple[int, int] | None = None,
     ) -> int:
-        """A constant. shape: if another than the array's. scales: float32, one for each row. blocks: of a weight that has
-        them, the tensor of its scales [out, groups] float16, and how many inputs share one."""
+        """A constant. shape: if another than the array's. scales: float32, one for each row. blocks: of a weight that
+        has them, the tensor of its scales [out, groups] float16, and how many inputs share one."""
         raw = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
         self._data.write(bytes(-self._data.tell() % _ALIGNED))
         start = self._data.tell()
@@ -246,6 +247,6 @@ def litert_schema() -> Any:
         return importlib.import_module("ai_edge_litert.schema_py_generated")
     except ImportError as error:
         raise MissingExtraError(
-            "Models of LiteRT are written with the package ai-edge-litert: pip install -c constraints.txt '.[litert]', or "
-            "make an environment by scripts/make_phones_environment.sh."
+            "Models of LiteRT are written with the package ai-edge-litert: pip install -c constraints.txt '.[litert]', "
+            "or make an environment by scripts/make_phones_environment.sh."
         ) from error

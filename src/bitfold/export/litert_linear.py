@@ -17,8 +17,8 @@ __all__ = ["TfLinears"]
 
 
 class TfLinears:
-    """Writes linear layers. Attributes: types (how many weights there are of each kind), integers (how many layers are in
-    integers), scale_error (the largest change of a scale, relative to it)."""
+    """Writes linear layers. Attributes: types (how many weights there are of each kind), integers (how many layers are
+    in integers), scale_error (the largest change of a scale, relative to it)."""
 
     def __init__(self, graph: TfGraph, model: StoredModel) -> None:
         self._graph, self._model = graph, model

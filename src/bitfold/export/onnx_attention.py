@@ -152,8 +152,8 @@ def rotary_frequencies(
     name = mine.get("rope_type", "default")
     if name not in _FIXED_ROTARY or mine.get("partial_rotary_factor", 1.0) != 1.0:
         raise ExportError(
-            f"The model's rotary embedding is of type '{name}', and {where} is written with {', '.join(_FIXED_ROTARY)} of "
-            "whole heads: use another --to."
+            f"The model's rotary embedding is of type '{name}', and {where} is written with "
+            f"{', '.join(_FIXED_ROTARY)} of whole heads: use another --to."
         )
     if name == "default":
         head_dim = head_counts(config)[2]

@@ -21,8 +21,8 @@ Bytes = NDArray[np.uint8]
 def stored_in(
     file: Path, needed: Mapping[str, Bytes], others: Mapping[str, Bytes]
 ) -> dict[str, Stored]:
-    """Of every weight its place in a file, and of what lies between them, under `the graph`; together they are the whole
-    file. needed, others: by name the bytes, uint8, that must be there and may be there.
+    """Of every weight its place in a file, and of what lies between them, under `the graph`; together they are the
+    whole file. needed, others: by name the bytes, uint8, that must be there and may be there.
 
     Raises ExportError for the first of `needed` that is not there.
     """
