@@ -14,11 +14,11 @@ most}} or {"failed": …}; all else goes to stderr. It ends when stdin does.
 
 import json
 import os
-import resource
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ def main(format: str, file: Path, directory: Path) -> None:
     try:
         kind = _KINDS[format]
         start = kind.start()
-        before = _peak()
+        before = _memory()
         decode = start(file)
     except Exception as error:  # whatever the engine raises is the answer
         traceback.print_exc()
@@ -117,9 +117,25 @@ _KINDS: dict[str, type[_ExecuTorch] | type[_LiteRt]] = {
 }
 
 
+def _memory() -> int:
+    """Bytes of memory that the process has now. What it had at most is forgotten, where that can be."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
 def _peak() -> int:
-    """Bytes of memory that the process had at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Bytes of memory that it had at most since then."""
+    return _status("VmHWM")
+
+
+def _status(key: str) -> int:
+    """Linux says it; 0 elsewhere. (getrusage would count the parent's memory before it started this.)"""
+    file = Path("/proc/self/status")
+    if not file.is_file():
+        return 0
+    lines = (line.split() for line in file.read_text().splitlines())
+    return next((int(line[1]) * 1024 for line in lines if line[0] == f"{key}:"), 0)
 
 
 def _line_writer() -> Any:
