@@ -122,7 +122,7 @@ def _cells(row: Row) -> list[str]:
         f"{_PROMPT / row['prompt_seconds']:,.0f}",
         f"{1e3 * row['step_seconds']:.2f}",
         f"{1 / row['step_seconds']:,.0f}",
-        f"{row['memory'] / 1e6:.0f}",
+        f"{row['memory'] / 1e6:.0f}" if row["memory"] > 0 else "",
     ]
 
 
