@@ -11,7 +11,13 @@ from pathlib import Path
 import pytest
 
 from bitfold.engines import child, vllm_child
-from bitfold.engines.child import has_module, resolve_python, run_script, say_shortly
+from bitfold.engines.child import (
+    has_module,
+    resolve_python,
+    run_script,
+    say_shortly,
+    talking,
+)
 from bitfold.errors import EngineError
 
 PYTHON = Path(sys.executable)
@@ -161,3 +167,24 @@ def test_pythons(tmp_path: Path) -> None:
 def test_what_libraries_say_becomes_a_part_of_a_sentence() -> None:
     assert say_shortly("No kernel.\n  Reasons: none.\n") == "No kernel. Reasons: none"
     assert len(say_shortly("word " * 1000)) <= 500
+
+
+def test_questions_and_answers(script: Callable[[str], Path], tmp_path: Path) -> None:
+    """In turn, until it ends by itself, which is said; and it is gone afterwards."""
+    file = script(
+        "for line in sys.stdin:\n"
+        "    if line == 'end\\n': sys.exit('no more')\n"
+        "    print(json.dumps({'twice': 2 * int(line), 'process': os.getpid()}), flush=True)\n"
+    )
+    with talking(PYTHON, file, [], tmp_path / "log") as (hear, send):
+        for number in (3, 4):
+            send(str(number))
+            said = hear()
+            assert said["twice"] == 2 * number
+        assert alive(said["process"])
+    assert not alive(said["process"])
+    with talking(PYTHON, file, [], tmp_path / "log") as (hear, send):
+        send("end")
+        with pytest.raises(EngineError, match=r"exit code 1 and no answer \(no more\)"):
+            hear()
+        send("5")  # which nobody hears

@@ -20,13 +20,18 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            help="gguf (llama.cpp), onnx (ONNX Runtime), openvino, torch (torch.export), gptq or awq."
+            help="gguf (llama.cpp), onnx (ONNX Runtime), openvino, torch (torch.export), executorch, litert, gptq, awq."
         ),
     ],
     out: Annotated[
         Path, typer.Option("-o", "--out", help="The exact path: a file for gguf, else a directory.")
     ],
-    form: Annotated[str | None, typer.Option(help="Of onnx: fast, compact or tensorrt.")] = None,
+    form: Annotated[
+        str | None,
+        typer.Option(
+            help="Of onnx: fast, compact or tensorrt. Of executorch and litert: tokens of the cache (1024)."
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:

@@ -63,7 +63,8 @@ def quantize(
     to: Annotated[
         str | None,
         typer.Option(
-            help="Export at once, to OUT.gguf or OUT-NAME: gguf,onnx,openvino,torch,gptq,awq; implies --for.",
+            help="Export at once, to OUT.gguf or OUT-NAME: gguf,onnx,openvino,torch,executorch,litert,gptq,awq; "
+            "implies --for.",
             metavar="NAME,…",
             **_ENGINES,
         ),

@@ -13,7 +13,9 @@ from typing import IO, Any
 
 from bitfold.errors import EngineError
 
-__all__ = ["has_module", "resolve_python", "run_script", "say_shortly"]
+__all__ = ["has_module", "resolve_python", "run_script", "say_shortly", "talking"]
+
+Talk = tuple[Callable[[], Mapping[str, Any]], Callable[[str], None]]
 
 # Of this process, not of the other one.
 _OWN = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
@@ -66,15 +68,48 @@ def run_script(
                 return said
             progress(said["doing"])
         code = process.wait()
-    raise EngineError(
-        f"The engine ended with exit code {code} and no answer ({_last_line(log)}): "
-        "free memory if it ran out, or give another environment"
-    )
+    raise _ended(code, log)
+
+
+@contextmanager
+def talking(
+    python: Path, script: Path, arguments: Sequence[str | Path], log: Path
+) -> Iterator[Talk]:
+    """A script that answers lines by lines, while it runs: what hears the next of its objects of JSON, and what sends
+    it a line; its stderr goes to `log`.
+
+    Hearing raises EngineError where it has ended.
+    """
+    command = [str(python), "-I", str(script), *map(str, arguments)]
+    with log.open("wb") as stream, _running(command, stream) as process:
+        heard, sent = process.stdout, process.stdin
+        assert heard is not None
+        assert sent is not None
+
+        def hear() -> Mapping[str, Any]:
+            for line in heard:
+                said: Mapping[str, Any] = json.loads(line)
+                return said
+            raise _ended(process.wait(), log)
+
+        def send(line: str) -> None:
+            with suppress(BrokenPipeError):  # hearing says why
+                # Not by the stream, which would keep what nobody takes, and fail at its end.
+                os.write(sent.fileno(), f"{line}\n".encode())
+
+        yield hear, send
 
 
 def say_shortly(text: str) -> str:
     """What a library says, as a part of a sentence."""
     return textwrap.shorten(text, width=500, placeholder=" …").rstrip(".")
+
+
+def _ended(code: int, log: Path) -> EngineError:
+    return EngineError(
+        f"The engine ended with exit code {code} and no answer ({_last_line(log)}): "
+        "free memory if it ran out, or give another environment"
+    )
 
 
 @contextmanager

@@ -6,8 +6,10 @@ from functools import partial
 from pathlib import Path
 
 from bitfold.errors import ExportError, did_you_mean
+from bitfold.export.executorch_file import export_executorch
 from bitfold.export.exported import Exported, Progress, check_place
 from bitfold.export.gguf_file import export_gguf
+from bitfold.export.litert_file import export_litert
 from bitfold.export.onnx_file import export_onnx
 from bitfold.export.openvino_file import export_openvino
 from bitfold.export.packed_directory import export_awq, export_gptq
@@ -28,6 +30,9 @@ class Target:
     directory: bool = False
 
 
+# Tokens that a cache of a fixed size has room for.
+_CONTEXTS = (1024, 256, 512, 2048, 4096, 8192)
+
 TARGETS: dict[str, Target] = {
     "gguf": Target({"gguf": export_gguf}),
     "gptq": Target({"gptq": export_gptq}, directory=True),
@@ -38,6 +43,12 @@ TARGETS: dict[str, Target] = {
     ),
     "openvino": Target({"openvino": export_openvino}, directory=True),
     "torch": Target({"torch": export_torch}, directory=True),
+    "executorch": Target(
+        {str(n): partial(export_executorch, context=n) for n in _CONTEXTS}, directory=True
+    ),
+    "litert": Target(
+        {str(n): partial(export_litert, context=n) for n in _CONTEXTS}, directory=True
+    ),
 }
 
 
@@ -54,9 +65,10 @@ def export_to(
 
     to: `gguf`, one file for llama.cpp; `gptq` and `awq`, directories for the engines that read those; `onnx`, a
     directory for ONNX Runtime; `openvino`, one for OpenVINO; `torch`, one with a
-    graph of torch.export. out: the exact path.
+    graph of torch.export; `executorch` and `litert`, those for phones. out: the exact path.
     form: of onnx `fast` (the usual one: all integers in 4 bits, or in two times 4), `compact` (in 2, 4 or 8) or
-    `tensorrt` (explicit QuantizeLinear and DequantizeLinear of 8 bits, the rest in half precision).
+    `tensorrt` (explicit QuantizeLinear and DequantizeLinear of 8 bits, the rest in half precision); of executorch and
+    litert how many tokens the cache has room for (1024).
     progress: (steps done, of how many, which).
 
     >>> bitfold.export_to("llama-w4", "gguf", "llama-w4.gguf")  # doctest: +SKIP

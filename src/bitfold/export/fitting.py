@@ -11,6 +11,8 @@ from bitfold.export.gguf_model import dialect_of, settings
 from bitfold.export.gguf_tokenizer import check_tokenizer
 from bitfold.export.gptq import unsayable_scheme
 from bitfold.export.layout import Layout, Refusal
+from bitfold.export.litert_decoder import check_litert
+from bitfold.export.phone_rules import unsuitable_input, unsuitable_weight
 from bitfold.models.checkpoint import Checkpoint
 from bitfold.models.config import read_config
 from bitfold.numerics import Scheme, TensorScheme
@@ -88,11 +90,15 @@ def for_engines(scheme: Scheme, names: Collection[str]) -> Scheme:
 
 def usual_scheme(names: Collection[str]) -> tuple[str, tuple[str, ...]] | None:
     """The scheme of weights, and what to set in it, for those who ask for none; None: the usual one."""
-    return ("w4a16g32", ("weight.symmetric=true",)) if "gguf" in names else None
+    if "gguf" in names:
+        return "w4a16g32", ("weight.symmetric=true",)
+    if {"executorch", "litert"} & {*names}:
+        return "w4a8g32", ("weight.symmetric=true", "activation.symmetric=false")
+    return None
 
 
 # Formats whose scales are in half precision.
-_HALF = {"gguf", "gptq", "awq"}
+_HALF = {"gguf", "gptq", "awq", "litert"}
 
 
 def _transformers(planned: Planned) -> Iterator[Misfit]:
@@ -236,6 +242,47 @@ def _graph(name: str, grids: Collection[str]) -> Rule:
     return rule
 
 
+def _phone(name: str, check: Callable[[Any], None] | None = None) -> Rule:
+    """Of the engines that run on XNNPACK. check: of the model's config; raises ExportError."""
+
+    def rule(planned: Planned) -> Iterator[Misfit]:
+        yield from _folded(planned)
+        if check is not None:
+            yield from _refused(lambda: check(read_config(planned.checkpoint)))
+        if any(entry.scheme.quantizes_attention for entry in planned.layout.attention.values()):
+            yield Misfit(
+                f"{name} is written without quantized queries, keys and values: leave q and kv out of the scheme"
+            )
+        for names, scheme in _alike(planned):
+            why = unsuitable_weight(scheme)
+            if why is not None:
+                yield Misfit(
+                    f"{_several(names)} {scheme.describe()} weights, for which {name} has no kernel: {why}"
+                )
+        inputs: dict[TensorScheme | None, list[str]] = {}
+        for layer, entry in planned.layout.linears.items():
+            inputs.setdefault(entry.scheme.activation, []).append(layer)
+        for kind, layers in inputs.items():
+            why = unsuitable_input(kind)
+            if kind is None:
+                yield Misfit(
+                    f"{_several(layers)} inputs that are left as they are, which {name} rounds to 8 bits",
+                    stops=False,
+                )
+            elif why is not None:
+                yield Misfit(
+                    f"{_several(layers)} {kind.describe()} inputs, which {name} rounds otherwise: {why}"
+                )
+            elif kind.symmetric:
+                yield Misfit(
+                    f"{_several(layers)} inputs without zero-points, which {name} rounds with them: with "
+                    "activation.symmetric=false it computes what was simulated",
+                    stops=False,
+                )
+
+    return rule
+
+
 _EVERY_GRID = get_args(GridName)
 ENGINES: dict[str, Rule] = {
     "transformers": _transformers,
@@ -244,6 +291,8 @@ ENGINES: dict[str, Rule] = {
     "onnx": _graph("ONNX", ("int",)),
     "openvino": _graph("OpenVINO", [grid for grid in _EVERY_GRID if grid != "codebook"]),
     "torch": _graph("torch.export's graph", _EVERY_GRID),
+    "executorch": _phone("ExecuTorch"),
+    "litert": _phone("LiteRT", check_litert),
     "gptq": _packed("gptq"),
     "awq": _packed("awq"),
 }

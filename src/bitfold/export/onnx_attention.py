@@ -14,7 +14,16 @@ from bitfold.export import onnx_basic as basic
 from bitfold.export.onnx_graph import Graph
 from bitfold.models.family import head_counts
 
-__all__ = ["Inputs", "Rotary", "attend", "declare_inputs", "rotary", "seen", "turn"]
+__all__ = [
+    "Inputs",
+    "Rotary",
+    "attend",
+    "declare_inputs",
+    "rotary",
+    "rotary_frequencies",
+    "seen",
+    "turn",
+]
 
 # Those whose angles do not change with the length of the text.
 _FIXED_ROTARY = ("default", "linear", "llama3", "yarn")
@@ -84,7 +93,7 @@ def rotary(
 
     Raises ExportError for angles that change with the length of the text.
     """
-    inverse, scaling = _frequencies(config, kind)
+    inverse, scaling = rotary_frequencies(config, kind)
     places = graph.op("Unsqueeze", graph.cast(positions, torch.float32), graph.integers(-1))
     angles = graph.op("Mul", places, graph.constant(inverse.float().numpy()))
     cosine, sine = graph.op("Cos", angles), graph.op("Sin", angles)
@@ -130,15 +139,21 @@ def attend(
     )[0]
 
 
-def _frequencies(config: PretrainedConfig, kind: str | None) -> tuple[torch.Tensor, float]:
-    """Of each pair, per position, and what cosines and sines are multiplied with."""
+def rotary_frequencies(
+    config: PretrainedConfig, kind: str | None, where: str = "ONNX"
+) -> tuple[torch.Tensor, float]:
+    """Of each pair, per position, and what cosines and sines are multiplied with.
+
+    kind: of layers, where a config has a rotary embedding for each. Raises ExportError for angles that change with the
+    length of the text, which are not written in `where`.
+    """
     parameters: Mapping[str, Any] = config.rope_parameters
     mine = parameters if kind is None else parameters[kind]
     name = mine.get("rope_type", "default")
     if name not in _FIXED_ROTARY or mine.get("partial_rotary_factor", 1.0) != 1.0:
         raise ExportError(
-            f"The model's rotary embedding is of type '{name}', and ONNX is written with {', '.join(_FIXED_ROTARY)} of "
-            "whole heads: use another --to."
+            f"The model's rotary embedding is of type '{name}', and {where} is written with "
+            f"{', '.join(_FIXED_ROTARY)} of whole heads: use another --to."
         )
     if name == "default":
         head_dim = head_counts(config)[2]

@@ -15,7 +15,13 @@ from bitfold.export.torch_layers import PackedLinear, StoredEmbedding, StoredLin
 from bitfold.models.family import head_counts
 from bitfold.numerics import QuantizedTensor
 
-__all__ = ["Decoder", "build_decoder", "trace_decoder"]
+__all__ = ["Decoder", "MakeLinear", "Stored", "build_decoder", "seen", "trace_decoder"]
+
+Stored = Callable[[str], nn.Parameter]
+"""A parameter of a full name, in the dtype of its checkpoint; those that are asked for twice are shared."""
+MakeLinear = Callable[[StoredModel, str, str, Stored, dict[str, int]], nn.Module]
+"""What makes a linear layer of a model: by its name, the full name of its weight, what stores a parameter as it is, and
+how many weights there are of each kind, which it counts."""
 
 # Sizes that a graph is traced with; none is 0 or 1, which would be taken for constants.
 _BATCH, _LENGTH, _PAST = 2, 5, 7
@@ -42,12 +48,7 @@ class Decoder(nn.Module):
         for block, (keys, values) in enumerate(zip(past_keys, past_values, strict=True)):
             cache.update(keys, values, block)
         past, length = past_keys[0].shape[2], input_ids.shape[1]
-        mask: Any = _seen(past, length, None)
-        if config.model_type == "gemma3_text":
-            window = _seen(past, length, config.sliding_window)
-            mask = {"full_attention": mask, "sliding_attention": window}
-        elif config.model_type == "mistral" and config.sliding_window:
-            mask = _seen(past, length, config.sliding_window)
+        mask = seen(torch.arange(past + length), torch.arange(past, past + length), config)
         found = self.network(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -60,9 +61,14 @@ class Decoder(nn.Module):
 
 
 def build_decoder(
-    model: StoredModel, config: PretrainedConfig, step: Callable[[str], None]
+    model: StoredModel,
+    config: PretrainedConfig,
+    step: Callable[[str], None],
+    linear: MakeLinear | None = None,
 ) -> tuple[Decoder, dict[str, int]]:
-    """The network, and how many weights there are of each kind. step: told of each linear layer."""
+    """The network, and how many weights there are of each kind. step: told of each linear layer. linear: what makes
+    those, if they are not to be `torch_layers`."""
+    make = linear or _linear
     config.__dict__.pop("quantization_config", None)
     with init_empty_weights(include_buffers=False):
         network = AutoModelForCausalLM.from_config(
@@ -87,7 +93,7 @@ def build_decoder(
             step(name)
             tied = name == "lm_head" and config.tie_word_embeddings
             weight = f"{embedding if tied else name}.weight"
-            network.set_submodule(name, _linear(model, name, weight, stored, types))
+            network.set_submodule(name, make(model, name, weight, stored, types))
         elif type(module) is nn.Embedding:
             network.set_submodule(name, StoredEmbedding(stored(f"{name}.weight")))
     for name, parameter in list(network.named_parameters()):
@@ -123,7 +129,7 @@ def _linear(
     model: StoredModel,
     name: str,
     weight: str,
-    stored: Callable[[str], nn.Parameter],
+    stored: Stored,
     types: dict[str, int],
 ) -> nn.Module:
     """A linear layer. weight: the full name of its parameter."""
@@ -146,10 +152,21 @@ def _linear(
     return layer
 
 
-def _seen(past: int, length: int, window: int | None) -> Tensor:
-    """What is added to scores, [1, 1, length, past + length]: 0, or float32's least for a token that is not seen."""
-    keys = torch.arange(past + length)
-    queries = torch.arange(past, past + length).unsqueeze(1)
+def seen(keys: Tensor, queries: Tensor, config: Any) -> Tensor | dict[str, Tensor]:
+    """What is added to scores, [1, 1, queries, keys]: 0, or float32's least for a token that is not seen; where a model
+    has layers of two kinds, of each. keys, queries: positions, [n] int64."""
+    everything = _mask(keys, queries, None)
+    if config.model_type == "gemma3_text":
+        window = _mask(keys, queries, config.sliding_window)
+        return {"full_attention": everything, "sliding_attention": window}
+    if config.model_type == "mistral" and config.sliding_window:
+        return _mask(keys, queries, config.sliding_window)
+    return everything
+
+
+def _mask(keys: Tensor, queries: Tensor, window: int | None) -> Tensor:
+    """window: of how many tokens a query sees the last."""
+    queries = queries.unsqueeze(1)
     allowed = keys <= queries
     if window is not None:
         allowed = allowed & (keys > queries - window)

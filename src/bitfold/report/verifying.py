@@ -14,6 +14,8 @@ from bitfold.report.progress import showing_steps
 
 __all__ = ["verify_and_print"]
 
+# Engines that run in an environment of their own, by the format that is said in export.json.
+PHONES = {"executorch": "ExecuTorch", "litert": "LiteRT"}
 # What it is, the engine that it runs in, and what verifies it there.
 Verifier = tuple[str, str, Callable[..., Any]]
 
@@ -27,7 +29,8 @@ def verify_and_print(
     device: str,
     json: bool,
 ) -> None:
-    """An artifact in PyTorch, or in vLLM too; a GGUF file in llama.cpp; other exports in their engines."""
+    """An artifact in PyTorch, or in vLLM too; a GGUF file in llama.cpp; other exports in their engines, those for phones
+    in another Python if one is given."""
     if Path(out).suffix == ".gguf" or (Path(out) / SUMS_FILE).is_file():
         result: Any = _exported(out, engine, engine_python, against, text)
         say = _say_exported
@@ -73,17 +76,43 @@ def _exported(
     out: str, engine: str | None, python: str | None, against: str | None, text: Path | None
 ) -> Any:
     gguf = Path(out).suffix == ".gguf"
-    what, its, verify = _gguf() if gguf else _DIRECTORIES.get(format_of(Path(out)), _onnx)()
+    format = None if gguf else format_of(Path(out))
+    if format in PHONES:
+        return _phone(out, PHONES[format], engine, python, against, text)
+    what, its, verify = _gguf() if gguf else _DIRECTORIES.get(format, _onnx)()
     if engine not in (None, its) or python is not None:
         raise USAGE_ERROR(
             f"This {what} runs in {its}, in this process: leave --engine and --engine-python out"
         )
+    _check_texts(what, text, against)
+    with showing_steps() as say:
+        return verify(Path(out), against=against, text=text, progress=say)
+
+
+def _phone(
+    out: str,
+    its: str,
+    engine: str | None,
+    python: str | None,
+    against: str | None,
+    text: Path | None,
+) -> Any:
+    """its: the engine's name."""
+    from bitfold.engines.verify_phone import verify_phone
+
+    what = f"{its} directory"
+    if engine not in (None, its, its.lower()):
+        raise USAGE_ERROR(f"This {what} runs in {its}: leave --engine out")
+    _check_texts(what, text, against)
+    with showing_steps() as say:
+        return verify_phone(Path(out), python=python, against=against, text=text, progress=say)
+
+
+def _check_texts(what: str, text: Path | None, against: str | None) -> None:
     if (text is None) != (against is None):
         raise USAGE_ERROR(
             f"--text FILE and --against ARTIFACT compare this {what} with its artifact: give both, or neither"
         )
-    with showing_steps() as say:
-        return verify(Path(out), against=against, text=text, progress=say)
 
 
 def _gguf() -> Verifier:
