@@ -137,6 +137,9 @@ def test_columns_that_are_kept_and_codebooks(scheme: str, method: str, tmp_path:
     assert any("floating point" in note for note in exported.notes) == (method == "vq")
 
 
+INTEGER_PRODUCTS = torch.cpu._is_vnni_supported()
+"""Whether this processor sums products of 8 bits in 32 (VNNI)."""
+
 INPUTS = {
     "dynamic": "w8a8",
     "static": "w8a8 weight.symmetric=true activation.static=true",
@@ -159,10 +162,12 @@ def test_inputs_are_rounded_as_in_the_simulation(case: str, tmp_path: Path) -> N
     with torch.no_grad():
         expected = exactly(model)(IDS[None]).logits[0]
     # As for ONNX: a difference of 1e-7 is enough for another integer now and then.
+    if case in ("static", "static, asymmetric inputs") and not INTEGER_PRODUCTS:
+        allowed = 0.1  # pairs of products are clipped to 16 bits (docs/openvino.md)
+    else:
+        allowed = 0.15 if "a4" in asked else 0.04 if "fp8" in asked else 0.02
     difference = (OpenVino(tmp_path / "model").logits(IDS) - expected).square().mean().sqrt()
-    assert difference / expected.std() < (
-        0.15 if "a4" in asked else 0.03 if "fp8" in asked else 0.02
-    )
+    assert difference / expected.std() < allowed
 
 
 def test_its_own_settings_keep_it_exact(artifact: Path, directory: Path) -> None:
@@ -187,6 +192,8 @@ def test_its_own_settings_keep_it_exact(artifact: Path, directory: Path) -> None
     with torch.no_grad():
         expected = exactly(artifact)(IDS[None]).logits[0]
     assert distance(logits(), expected) < 3e-5
+    if not INTEGER_PRODUCTS:
+        return  # OpenVINO rounds no inputs where it would gain nothing.
     assert distance(logits(DYNAMIC_QUANTIZATION_GROUP_SIZE="32"), expected) > 1e-3
 
 

@@ -154,7 +154,7 @@ def tokens(tmp_path: Path) -> Path:
 def test_other_precisions_of_the_run(family: str, dtype: str, tokens: Path, tmp_path: Path) -> None:
     model = build(family, torch.float32, tmp_path / "model")
     report = _quantized(
-        model, tmp_path / "out", tokens, "affine.epochs=2", scheme="w4a4q4kv4", dtype=dtype
+        model, tmp_path / "out", tokens, "affine.epochs=4", scheme="w4a4q4kv4", dtype=dtype
     )
     assert max(report["folding_errors"]) < {"float64": 1e-6, "bfloat16": 5e-2}[dtype]
     for fits in report["fits"]:

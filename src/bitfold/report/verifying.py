@@ -29,8 +29,9 @@ def verify_and_print(
     device: str,
     json: bool,
 ) -> None:
-    """An artifact in PyTorch, or in vLLM too; a GGUF file in llama.cpp; other exports in their engines, those for phones
-    in another Python if one is given."""
+    """An artifact in PyTorch, or in vLLM too; a GGUF file in llama.cpp; other exports in their engines.
+
+    Those for phones may run in another Python."""
     if Path(out).suffix == ".gguf" or (Path(out) / SUMS_FILE).is_file():
         result: Any = _exported(out, engine, engine_python, against, text)
         say = _say_exported
