@@ -29,12 +29,14 @@ from bitfold.training.adapters import (
     train_bitfit,
     train_qlora,
 )
+from bitfold.training.qat import QatOptions, train_qat
 from bitfold.version import VERSION as __version__  # noqa: N811
 
 __all__ = [
     "AdapterOptions",
     "BitfoldError",
     "Mixed",
+    "QatOptions",
     "Quantization",
     "QuantizedTensor",
     "Recipe",
@@ -60,6 +62,7 @@ __all__ = [
     "quicken",
     "sensitivity",
     "train_bitfit",
+    "train_qat",
     "train_qlora",
     "verify",
     "write_kl_base",

@@ -9,11 +9,12 @@ from commands import Run
 import bitfold
 from bitfold.assets import DEMO_MODEL
 
-QUICK = "--sensitivity-windows 1 --candidates 4,3,2"
+ONE = "--sensitivity-windows 1 --candidates 4,3,2"
+QUICK = f"{ONE} --sequence-length 64"
 
 
 def test_ranking(run: Run) -> None:
-    done = run(f"quantize {DEMO_MODEL} --sensitivity {QUICK}")
+    done = run(f"quantize {DEMO_MODEL} --sensitivity --sensitivity-windows 1 --candidates 4,2")
     assert done.code == 0, done.err
     for word in ("model.layers.0: q_proj, k_proj, v_proj", "2g128", "ranked by 4g128", "1 windows"):
         assert word in done.out
@@ -21,7 +22,7 @@ def test_ranking(run: Run) -> None:
 
 
 def test_ranking_in_json(run: Run) -> None:
-    content = run(f"quantize {DEMO_MODEL} --sensitivity {QUICK} --per kind --json").json
+    content = run(f"quantize {DEMO_MODEL} --sensitivity {ONE} --per kind --json").json
     assert sorted(group["name"] for group in content["groups"]) == [
         *("down_proj", "gate_proj, up_proj", "o_proj", "q_proj, k_proj, v_proj")
     ]

@@ -160,6 +160,8 @@ def test_activations_beyond_the_dtype(method: str, run: Run, model: Path, tmp_pa
     poison("model.layers.3.post_attention_layernorm.weight", 6e4)(model)
     poison("model.layers.3.mlp.up_proj.weight", 6e4)(model)
     line = f"quantize {model} --method {method} -o {tmp_path}/out --dtype float16"
+    if method != "rtn":
+        line += " --samples 4 --sequence-length 32"
     refused(run, line, "model.layers.3", "not finite in float16", "--dtype")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model"]
 

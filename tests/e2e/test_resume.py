@@ -230,11 +230,11 @@ def test_a_fit_by_gradient_goes_on(checkpoint: Zoo, tmp_path: Path, ids: Path) -
 
 
 def test_kill_nine() -> None:
-    """Three of what the benchmark does twenty times, on the embedded model."""
-    command = [sys.executable, str(BENCHMARK), str(DEMO_MODEL), "--kills", "3", "--json"]
+    """Two of what the benchmark does twenty times, on the embedded model."""
+    command = [sys.executable, str(BENCHMARK), str(DEMO_MODEL), "--kills", "2", "--json"]
     command += ["--samples", "4", "--sequence-length", "64"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(done.stdout)["rows"]
-    assert [row["differing"] for row in rows] == [[], [], []]
+    assert [row["differing"] for row in rows] == [[], []]
     assert any(row["resumed"] > 0 for row in rows)

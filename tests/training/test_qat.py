@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,10 +13,19 @@ from bitfold.errors import CheckpointError, DataError, OutputError, RecipeError
 from bitfold.export.reading import read_model
 from bitfold.numerics import QuantizedTensor
 from bitfold.training import loop as loop_file
+from bitfold.training.beginning import with_written
 from bitfold.training.qat import QatOptions, TrainedModel, train_qat
+from bitfold.training.text import held_back, text_windows
 
 OPTIONS = QatOptions(
-    scheme="w2a16g16", steps=12, batch=4, rate=5e-4, sequence_length=32, hold_back=0.1
+    scheme="w2a16g16",
+    start="rtn",
+    written=0,
+    steps=12,
+    batch=4,
+    rate=5e-4,
+    sequence_length=32,
+    hold_back=0.1,
 )
 
 
@@ -86,6 +96,52 @@ def test_a_killed_run_goes_on_to_the_same_artifact(
     assert files
     for name in files:
         assert (out / name).read_bytes() == (trained.artifact.out / name).read_bytes()
+
+
+def test_it_begins_with_the_codes_of_ptq(original: Path, text: Path, tmp_path: Path) -> None:
+    """Not a step better than that: the artifact is that of the method it begins with."""
+    options = replace(OPTIONS, start="gptq", steps=1, rate=1e-12)
+    found = train_qat(original, text, tmp_path / "trained", options=options, teacher=original)
+    rows = held_back(text_windows(text, bitfold.load_tokenizer(original), 32, 8192), 0.1, 0)[0]
+    np.save(tmp_path / "rows.npy", rows[:128].numpy())
+    bitfold.quantize(
+        original,
+        tmp_path / "ptq",
+        method="gptq",
+        scheme=options.scheme,
+        calibration=tmp_path / "rows.npy",
+        samples=len(rows[:128]),
+        sequence_length=32,
+    )
+    one, other = read_model(found.artifact.out), read_model(tmp_path / "ptq")
+    for name in one.schemes:
+        mine, wanted = one.read(f"{name}.weight"), other.read(f"{name}.weight")
+        assert isinstance(mine, QuantizedTensor)
+        assert isinstance(wanted, QuantizedTensor)
+        assert torch.equal(mine.codes, wanted.codes)
+        assert torch.equal(mine.scale, wanted.scale)
+        assert mine.zero is not None
+        assert wanted.zero is not None
+        assert torch.equal(mine.zero, wanted.zero)
+
+
+def test_a_start_that_changes_more_than_it_rounds_is_refused(
+    original: Path, text: Path, tmp_path: Path
+) -> None:
+    options = replace(OPTIONS, start="awq")
+    with pytest.raises(RecipeError, match="choose a method that only rounds"):
+        train_qat(original, text, tmp_path / "out", options=options)
+    with pytest.raises(RecipeError, match="gptk"):
+        train_qat(original, text, tmp_path / "out", options=replace(OPTIONS, start="gptk"))
+
+
+def test_windows_that_the_teacher_writes_are_half(original: Path) -> None:
+    teacher, rows = bitfold.load(original), torch.zeros(7, 16, dtype=torch.long)
+    mixed = with_written(rows, teacher, 3, 0, None)
+    assert torch.equal(mixed[:7], rows)
+    assert len(mixed) == 7 + 9
+    assert len(mixed[7:].unique(dim=0)) == 3
+    assert torch.equal(mixed, with_written(rows, teacher, 3, 0, None))
 
 
 @pytest.mark.parametrize("method", ["ternary", "twn", "qat"])

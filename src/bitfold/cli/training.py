@@ -9,12 +9,13 @@ from bitfold.cli.options import Device, Dtype, Json, Model, Overwrite
 from bitfold.report import terminal, trained
 from bitfold.report.progress import showing_progress
 
-__all__ = ["bitfit", "merge", "qlora", "train"]
+__all__ = ["bitfit", "merge", "qat", "qlora", "train"]
 
 train = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
-    help="Train in few bits: adapters (qlora) and biases (bitfit) on a base that stays packed.",
+    help="Train in few bits: all weights through their rounding (qat), or adapters (qlora) and biases (bitfit) on a "
+    "base that stays packed.",
 )
 
 _Text = Annotated[Path, typer.Option("--text", metavar="FILE", help="UTF-8 text to train on.")]
@@ -34,7 +35,8 @@ _Rate = Annotated[
 ]
 _BiasRate = Annotated[float | None, typer.Option(help="Of biases; default: 1e-3 · 4096 / width.")]
 _Length = Annotated[
-    int | None, typer.Option(help="Tokens of a window; default: the model's, at most 256.")
+    int | None,
+    typer.Option(help="Tokens of a window; default: the model's, at most 256 (qat: 512)."),
 ]
 _Teacher = Annotated[
     str | None,
@@ -53,6 +55,91 @@ _HoldBack = Annotated[
 ]
 _Seed = Annotated[int, typer.Option(help="Seed of everything drawn.")]
 _NoResume = Annotated[bool, typer.Option("--no-resume", help="Start a killed run afresh.")]
+
+
+def qat(
+    model: Model,
+    text: _Text,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Directory of the artifact.")],
+    evaluate: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Perplexity of the artifact on this text, and KL to TEACHER."
+        ),
+    ] = None,
+    evaluate_windows: _EvaluateWindows = None,
+    scheme: Annotated[
+        str,
+        typer.Option(help="Of the artifact: w2a16g64, w4a8, …; inputs are rounded as they come."),
+    ] = "w4a16g128",
+    set: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE", help="Of the scheme: weight.symmetric=true; may be repeated."
+        ),
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="How weights are trained through rounding: lsq, qat, twn, ternary.")
+    ] = "lsq",
+    start: Annotated[
+        str,
+        typer.Option(
+            help="The method of PTQ whose codes lsq begins with: quantease, gptq, …; rtn: none."
+        ),
+    ] = "quantease",
+    teacher: Annotated[
+        str | None,
+        typer.Option(metavar="ORIGINAL", help="Imitate its logits: MODEL itself, usually."),
+    ] = None,
+    teacher_weight: _TeacherWeight = 1.0,
+    written: Annotated[
+        int,
+        typer.Option(help="Windows that the teacher writes itself, drawn as often as the text's."),
+    ] = 512,
+    steps: _Steps = 500,
+    batch: _Batch = 8,
+    accumulate: _Accumulate = 1,
+    rate: Annotated[float | None, typer.Option(help="Default: 2e-5 · 4096 / width.")] = None,
+    sequence_length: _Length = None,
+    hold_back: _HoldBack = 0.05,
+    seed: _Seed = 0,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+    no_resume: _NoResume = False,
+    json: Json = False,
+) -> None:
+    """Train all weights through their rounding: what comes out is an artifact like any of quantize's."""
+    from bitfold.training.qat import QatOptions, train_qat
+
+    options = QatOptions(
+        method=method,
+        start=start,
+        scheme=scheme,
+        settings=tuple(set or ()),
+        steps=steps,
+        batch=batch,
+        accumulate=accumulate,
+        rate=rate,
+        sequence_length=sequence_length,
+        written=written,
+        teacher_weight=teacher_weight,
+        hold_back=hold_back,
+        seed=seed,
+        evaluate_windows=evaluate_windows,
+    )
+    more = {"evaluation": evaluate, "teacher": teacher, "device": device}
+    _run(
+        train_qat,
+        model,
+        text,
+        out,
+        options,
+        more,
+        overwrite,
+        no_resume,
+        json,
+        trained.print_trained,
+    )
 
 
 def qlora(
@@ -188,6 +275,7 @@ def _run(
     overwrite: bool,
     no_resume: bool,
     json: bool,
+    show: Any = trained.print_adapter,
 ) -> None:
     with showing_progress("training") as progress:
         result = function(
@@ -203,13 +291,14 @@ def _run(
     if json:
         terminal.print_json(result.to_json())
         return
-    trained.print_adapter(result)
+    show(result)
 
 
 def _add(command: Any, example: str) -> None:
     train.command(epilog=f"Example: bitfold train {example}")(command)
 
 
+_add(qat, "qat ./llama --teacher ./llama --text text.txt --scheme w2a16g64 -o ./llama-w2")
 _add(qlora, "qlora ./llama-w4 --text law.txt --evaluate law-test.txt -o ./llama-law")
 _add(bitfit, "bitfit ./llama-w4 --text law.txt -o ./llama-law-biases")
 _add(merge, "merge ./llama-law --into ./llama -o ./llama-law-merged")

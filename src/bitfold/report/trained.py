@@ -7,7 +7,7 @@ from rich.table import Table
 
 from bitfold.report import terminal
 
-__all__ = ["adapter_table", "print_adapter"]
+__all__ = ["adapter_table", "print_adapter", "print_trained"]
 
 _NAMES = {"lora": "LoRA", "bitfit": "biases"}
 
@@ -38,6 +38,34 @@ def print_adapter(result: Any) -> None:
     for note in result.notes:
         console.print(f"[yellow]note[/] {escape(note)}")
     place = escape(str(result.out))
+    console.print(f"\n[bold]Use it[/]\n  bitfold eval {place} --text FILE")
+    console.print(f'  bitfold generate {place} --prompt "Once upon a time"')
+
+
+def print_trained(result: Any) -> None:
+    """What training through rounding did, and how to use the artifact."""
+    console = terminal.console()
+    artifact = result.artifact
+    resumed = f", resumed after {result.resumed} steps" if result.resumed else ""
+    console.print(
+        f"[green]{escape(str(artifact.out))}[/]: {escape(artifact.scheme)} by {escape(result.method)}, "
+        f"{terminal.human_bytes(artifact.size_bytes)}, {artifact.bits_per_weight:.3f} bits per quantized weight\n"
+        f"  trained {result.trained:,} parameters through their rounding\n"
+        f"  {result.steps} steps in {terminal.human_seconds(result.seconds)}{resumed}, "
+        f"the state of step {result.kept} kept\n"
+        f"  memory  {result.peak_rss_mb:.0f} MB at the peak"
+    )
+    if result.held_back_before is not None and result.held_back_after is not None:
+        what = "KL to the teacher" if result.guided else "loss"
+        console.print(
+            f"  {what} on held-back text {result.held_back_before:.4f} → {result.held_back_after:.4f} nats per token"
+        )
+    if result.perplexity is not None:
+        kl = "" if result.kl is None else f", KL to the teacher {result.kl:.4f}"
+        console.print(f"  perplexity {result.perplexity:,.2f}{kl}")
+    for note in result.notes:
+        console.print(f"[yellow]note[/] {escape(note)}")
+    place = escape(str(artifact.out))
     console.print(f"\n[bold]Use it[/]\n  bitfold eval {place} --text FILE")
     console.print(f'  bitfold generate {place} --prompt "Once upon a time"')
 

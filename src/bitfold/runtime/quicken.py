@@ -35,6 +35,7 @@ __all__ = [
     "quick_linear",
     "quicken",
     "quicken_head",
+    "quicken_packed",
 ]
 
 
@@ -86,6 +87,15 @@ def quicken(model: PreTrainedModel, source: str | Path | None = None) -> list[Qu
         if scheme.weight is not None
     ]
     return found + quicken_head(model, stored.schemes)
+
+
+def quicken_packed(model: nn.Module) -> list[QuickLayer]:
+    """The same of any model whose linear layers hold codes, as `bitfold.convert` leaves them, in place."""
+    packed = [(n, m) for n, m in model.named_modules() if isinstance(m, QuantizedLinear)]
+    return [
+        _replace(model, name, module, _of_packed(module), module.scheme, _calibrated(module))
+        for name, module in packed
+    ]
 
 
 def quicken_head(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> list[QuickLayer]:
@@ -183,7 +193,7 @@ def _holds(weight: Tensor, tensor: QuantizedTensor) -> bool:
 
 
 def _replace(
-    model: PreTrainedModel,
+    model: nn.Module,
     name: str,
     module: nn.Module,
     tensor: QuantizedTensor,

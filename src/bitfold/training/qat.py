@@ -36,6 +36,7 @@ from bitfold.recipe import Recipe
 from bitfold.runtime.checkpoint import find_checkpoint
 from bitfold.runtime.device import quick_float32, resolve_device, resolve_dtype
 from bitfold.runtime.load import load, load_tokenizer
+from bitfold.training.beginning import begin_from, rounded_before, with_written
 from bitfold.training.convert import quantized_weights
 from bitfold.training.loop import Loop, LoopOptions, LoopResult, Progress
 from bitfold.training.losses import next_token_loss, token_loss
@@ -56,15 +57,18 @@ _REFERENCE_WIDTH = 4096
 
 @dataclass(frozen=True)
 class QatOptions:
-    """method: how weights are trained through their rounding. scheme: notation, as of `bitfold quantize`; its inputs
-    are rounded as they come. settings: `key=value` of the scheme, weight.symmetric=true say. steps, batch, accumulate:
-    of the optimizer, windows in a step, pieces of them. rate: the highest; None: 2e-5 · 4096 / width of the model.
-    sequence_length: of a window; None: the model's, at most 512. teacher_weight: of KL(teacher ‖ student) in the loss.
+    """method: how weights are trained through their rounding. start: the method of PTQ whose codes and scales it begins
+    with, one that only rounds; rtn: the method's own start, and all that others than lsq have. scheme: notation, as of
+    `bitfold quantize`; its inputs are rounded as they come. settings: `key=value` of the scheme, weight.symmetric=true
+    say. steps, batch, accumulate: of the optimizer, windows in a step, pieces of them. rate: the highest; None: 2e-5 ·
+    4096 / width of the model. sequence_length: of a window; None: the model's, at most 512. written: windows that a
+    teacher writes itself, drawn as often as those of the text. teacher_weight: of KL(teacher ‖ student) in the loss.
     hold_back: the share of the text that the best state is chosen by; 0 keeps the last. seed: of all that is drawn.
     evaluate_windows: of the evaluation text, only the first so many.
     """
 
     method: str = "lsq"
+    start: str = "quantease"
     scheme: str = "w4a16g128"
     settings: tuple[str, ...] = ()
     steps: int = 500
@@ -72,6 +76,7 @@ class QatOptions:
     accumulate: int = 1
     rate: float | None = None
     sequence_length: int | None = None
+    written: int = 512
     teacher_weight: float = 1.0
     hold_back: float = 0.05
     seed: int = 0
@@ -102,11 +107,12 @@ class QatOptions:
 @dataclass(frozen=True)
 class TrainedModel:
     """The artifact, and what training did: the loss on text that was held back before and after, in nats per token (KL
-    to the teacher's where there is one); perplexity of the artifact on the evaluation text; trained: numbers that were.
-    """
+    to the teacher where it is guided by one); perplexity of the artifact on the evaluation text; trained: numbers that
+    were."""
 
     artifact: Quantization
     method: str
+    guided: bool
     steps: int
     kept: int
     resumed: int
@@ -160,7 +166,7 @@ def train_qat(
         raise CheckpointError(
             f"{base} is quantized already: give the original, which training starts from."
         )
-    recipe = _recipe(options)
+    recipe, start = _recipe(options), _start(options)
     tokenizer = load_tokenizer(base)
     student = load(base, device=where, dtype="float32").requires_grad_(False)
     length = options.sequence_length or default_sequence_length(student.config)
@@ -171,6 +177,10 @@ def train_qat(
     parameters = _prepare(student, recipe.scheme, options, storage)
     place = _training_place(out, fresh=not resume)
     request = _request(base, Path(text), teacher, length, options)
+    if start is not None:
+        begin_from(student, rounded_before(model, place, start, rows, where, progress))
+    if guide is not None and options.written:
+        rows = with_written(rows, guide, options.written, options.seed, progress)
     loop = _loop(student, guide, parameters, rows, check, options, where)
     loop.state, loop.request, loop.progress = place / "state.safetensors", request, progress
     with quick_float32() if where.type == "cpu" else nullcontext():
@@ -195,6 +205,7 @@ def train_qat(
     return TrainedModel(
         artifact=artifact,
         method=options.method,
+        guided=guide is not None,
         steps=len(run.losses),
         kept=run.kept,
         resumed=run.resumed,
@@ -226,6 +237,13 @@ def _recipe(options: QatOptions) -> Recipe:
             "Inputs are rounded as they come in training: leave out activation.static and clipped."
         )
     return recipe
+
+
+def _start(options: QatOptions) -> Recipe | None:
+    """The recipe of PTQ that training begins with, if any."""
+    if options.method != "lsq" or options.start == "rtn":
+        return None
+    return Recipe.make(options.start, options.scheme, set=list(options.settings), seed=options.seed)
 
 
 def _prepare(

@@ -27,6 +27,8 @@ from bitfold.training.estimators.through import round_to_grid
 __all__ = ["LsqInput", "LsqWeight", "largest_code", "static_scheme"]
 
 _LEAST = 1e-8
+# Of half a step: codes that training begins with are not left by the last bit of a product.
+_INSIDE = 0.49
 
 
 def largest_code(scheme: TensorScheme) -> int:
@@ -73,6 +75,15 @@ class LsqWeight(WeightEstimator):
         limits = self.scheme.qmin, self.scheme.qmax
         rounded = round_to_grid(groups, step, self.zero, limits, factor=self._factor)
         return from_groups(rounded, weight.shape)
+
+    @torch.no_grad()
+    def settled(self, weight: Tensor, start: QuantizedTensor) -> Tensor:
+        """The weight [out, in] moved as little as it takes to round to the codes of what training begins with."""
+        groups, codes = (to_groups(one.float(), self.scheme) for one in (weight, start.codes))
+        step = as_stored(self.step, self.storage)
+        zero = 0 if self.zero is None else self.zero
+        inside = torch.clamp(groups / step + zero, codes - _INSIDE, codes + _INSIDE)
+        return from_groups((inside - zero) * step, weight.shape).to(weight.dtype)
 
     @torch.no_grad()
     def quantized(self, weight: Tensor) -> QuantizedTensor:

@@ -1,0 +1,96 @@
+"""What quantization-aware training of a language model begins with: PTQ's codes, windows that it writes itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitfold.data.data_free import generated_windows
+from bitfold.errors import RecipeError
+from bitfold.export.reading import read_model
+from bitfold.numerics import QuantizedTensor
+from bitfold.pipeline.quantize import quantize
+from bitfold.pipeline.workdir import finished_request
+from bitfold.recipe import Recipe
+from bitfold.training.estimators import LsqWeight
+from bitfold.training.loop import Progress
+from bitfold.training.prepare import prepared_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["begin_from", "rounded_before", "with_written"]
+
+_SAMPLES = 128
+
+
+def rounded_before(
+    model: str | Path,
+    place: Path,
+    recipe: Recipe,
+    rows: Tensor,
+    device: torch.device,
+    progress: Progress | None,
+) -> Path:
+    """The model quantized by PTQ on the first rows [n, tokens] of the text, in a directory of the training's; one that
+    is there from a killed run is taken."""
+    out = place / "start"
+    if finished_request(out) is None:
+        tokens = place / "start.npy"
+        np.save(tokens, rows[:_SAMPLES].numpy())
+        quantize(
+            model, out, recipe=recipe, calibration=tokens, samples=min(_SAMPLES, len(rows)),
+            sequence_length=rows.shape[1], device=device, overwrite=True, progress=progress,
+        )  # fmt: skip
+    return out
+
+
+@torch.no_grad()
+def begin_from(model: PreTrainedModel, artifact: Path) -> None:
+    """Give the layers in training by LSQ the scales, zero-points and codes of an artifact; weights move as little as
+    that takes.
+
+    Raises RecipeError where the artifact's method changed more than it rounded: its codes are of other weights.
+    """
+    stored, layers = read_model(artifact), prepared_layers(model)
+    parameters = dict(model.named_parameters())
+    for name in stored.names:
+        start, layer = stored.read(name), layers.get(name.removesuffix(".weight"))
+        if layer is not None and isinstance(start, QuantizedTensor):
+            estimator = layer.weights
+            assert isinstance(estimator, LsqWeight)
+            begun = LsqWeight(
+                layer.weight, estimator.scheme, estimator.storage,
+                start=replace(start, scheme=estimator.scheme),
+            )  # fmt: skip
+            estimator.load_state_dict(begun.state_dict())
+            layer.weight.copy_(estimator.settled(layer.weight, start))
+        elif name in parameters and not _same(start, parameters[name]):
+            raise RecipeError(
+                f"What training begins with changed {name}, too: choose a method that only rounds, such as gptq."
+            )
+
+
+def _same(one: QuantizedTensor | Tensor, parameter: Tensor) -> bool:
+    return isinstance(one, Tensor) and torch.equal(one.to(parameter), parameter)
+
+
+def with_written(
+    rows: Tensor, teacher: PreTrainedModel, count: int, seed: int, progress: Progress | None
+) -> Tensor:
+    """Rows [n, tokens], and as many, or more, of `count` different ones that the teacher writes itself (LLM-QAT, arXiv
+    2305.17888): a text is of one kind, and what the model knows of others would be lost on it."""
+    told = progress or (lambda done, total, what: None)
+    written = generated_windows(
+        teacher,
+        count,
+        rows.shape[1],
+        seed,
+        lambda done, total: told(done, total, "writing windows"),
+    ).tokens.to(rows)
+    return torch.cat([rows, *[written] * -(-len(rows) // count)])
