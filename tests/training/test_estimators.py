@@ -321,3 +321,18 @@ def test_observed_ranges(range_: str) -> None:
         # One value in 4,000 says less than all the others.
         assert high < 10
     assert len(one(x).unique()) <= 16
+
+
+@pytest.mark.parametrize("kind", [LsqInput, PactInput])
+def test_zeros_start_nothing(kind: type[LsqInput | PactInput]) -> None:
+    """The first state of an LSTM has no sign and no size; and a step that training pushed below 0 is brought back."""
+    inputs = kind(STATIC)
+    assert torch.equal(inputs(torch.zeros(3, 4)), torch.zeros(3, 4))
+    x = torch.tensor([[-1.0, 0.5, 2.0, -0.2]])
+    assert (inputs(x) < 0).any()
+    with torch.no_grad():
+        next(inputs.parameters()).fill_(-0.5)
+    inputs.train()(x)
+    assert inputs.stored()["input_scale"] > 0
+    inputs.eval()
+    assert (inputs(x) / inputs.stored()["input_scale"]).round().abs().max() <= 8

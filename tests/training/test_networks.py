@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bitfold.errors import FamilyError, RecipeError
 from bitfold.training import (
     bits_within,
+    convert,
     distilled_inputs,
     equalize,
     fold_batch_norms,
@@ -62,6 +63,40 @@ def test_batch_norms_fold() -> None:
     assert fold_batch_norms(model) == ["0", "3", "8"]
     assert not any(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) for m in model.modules())
     assert _close(model, wanted)
+
+
+@pytest.mark.parametrize("method", ["qat", "lsq", "binary", "xnor", "bnn", "twn"])
+def test_batch_norms_fold_behind_training(method: str) -> None:
+    """Into scales and biases: codes stay, and so does what the network computes."""
+    model = _network().float()
+    with torch.no_grad():
+        for norm in (model[1], model[9]):
+            norm.weight.abs_()
+    prepare(model, method)
+    model.train()
+    model(_images(0).float())
+    convert(model.eval())
+    coded = copy.deepcopy(model)
+    with torch.no_grad():
+        wanted = model(_images(1).float())
+    assert fold_batch_norms(model) == ["0", "3", "8"]
+    assert not any(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) for m in model.modules())
+    with torch.no_grad():
+        assert (model(_images(1).float()) - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    for name, value in coded.state_dict().items():
+        if name.endswith((".words", ".weight_shape")) or value.dtype == torch.int32:
+            assert torch.equal(model.state_dict()[name], value)
+
+
+def test_a_batch_norm_that_would_turn_signs_stays_behind_codes() -> None:
+    model = _network().float()
+    convert(prepare(model, "twn"))
+    with torch.no_grad():
+        wanted = model(_images(1).float())
+    assert "0" not in fold_batch_norms(model)
+    assert isinstance(model[1], nn.BatchNorm2d)
+    with torch.no_grad():
+        assert (model(_images(1).float()) - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
 def test_equalization_changes_nothing_and_balances() -> None:

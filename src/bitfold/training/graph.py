@@ -55,7 +55,7 @@ def pairs(
     Raises FamilyError where PyTorch's tracer cannot follow the model.
     """
     try:
-        graph = fx.symbolic_trace(model).graph
+        graph = _Tracer(first).trace(model)
     except Exception as error:
         reason = str(error).partition("\n")[0]
         raise FamilyError(
@@ -70,6 +70,17 @@ def pairs(
         for name, flattened in _next(node, modules, direct)
         if isinstance(modules[name], second) and calls.count(name) == calls.count(node.target) == 1
     ]
+
+
+class _Tracer(fx.Tracer):
+    """Looks into no layer of the types that are asked for."""
+
+    def __init__(self, whole: tuple[type[nn.Module], ...]) -> None:
+        super().__init__()
+        self._whole = whole
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, self._whole) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _next(node: fx.Node, modules: dict[str, nn.Module], direct: bool) -> Iterator[tuple[str, bool]]:

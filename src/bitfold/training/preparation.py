@@ -101,6 +101,12 @@ class Preparation(BaseModel):
             raise ValueError(f"{self.weights} has 2 bits, symmetric and narrow: leave out the bits")
         return self
 
+    @property
+    def rounds_layers(self) -> bool:
+        """Whether layers, and not embeddings alone, are quantized."""
+        has = self.scheme.weight is not None or self.scheme.activation is not None
+        return has or self.inputs == "sign"
+
     def leaves_alone(self, name: str) -> bool:
         """Whether a module of this name stays as it is."""
         return any(fnmatchcase(name, pattern) for pattern in self.ignore)

@@ -16,6 +16,7 @@ from bitfold.training.preparation import (
     preparation_of,
     weight_estimator,
 )
+from bitfold.training.unrolled_lstm import UnrolledLSTM
 
 __all__ = ["calibrate", "penalty", "prepare", "prepared_layers"]
 
@@ -33,8 +34,9 @@ def prepare(
 ) -> nn.Module:
     """Put fake quantization into every `nn.Linear` and `nn.Conv2d` of a model (embeddings, if asked), in place.
 
-    Parameters stay the same objects under the same names, so optimizers, tied weights and checkpoints go on; what is
-    learned beside them (steps, clips) are parameters NAME.weights.… and NAME.inputs.…, and is in the state dict. Train
+    An `nn.LSTM` becomes the linear layers it is made of (`UnrolledLSTM`), which are quantized like all others.
+    Parameters stay the same objects, under the same names but for an LSTM's, so that optimizers, tied weights and
+    checkpoints go on; what is learned beside them (steps, clips) are parameters NAME.weights.… and NAME.inputs.…. Train
     the model in any loop, then `convert` it. `penalty(model)` is what PACT wants added to the loss.
 
     recipe: a method by name (`bitfold.training.METHODS`: static, dynamic, qat, lsq, pact, dorefa, binaryconnect, bnn,
@@ -57,6 +59,9 @@ def prepare(
     asked = asked.model_copy(update={"ignore": (*asked.ignore, *ignore)})
     if any(isinstance(module, Prepared) for module in model.modules()):
         raise RecipeError("The model is prepared already: convert it, or prepare the original.")
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.LSTM and asked.rounds_layers and not asked.leaves_alone(name):
+            _put(model, name, UnrolledLSTM(module, name))
     layers = {
         name: module for name, module in model.named_modules() if _takes_part(name, module, asked)
     }
@@ -144,8 +149,7 @@ def _takes_part(name: str, module: nn.Module, asked: Preparation) -> bool:
         return False
     if isinstance(module, nn.Embedding):
         return asked.embeddings is not None
-    has = asked.scheme.weight is not None or asked.scheme.activation is not None
-    return (has or asked.inputs == "sign") and type(module) in (nn.Linear, nn.Conv2d)
+    return asked.rounds_layers and type(module) in (nn.Linear, nn.Conv2d)
 
 
 def _of_layer(asked: Preparation, name: str) -> Preparation:

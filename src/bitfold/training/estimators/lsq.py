@@ -113,7 +113,11 @@ class LsqInput(InputEstimator):
     def forward(self, x: Tensor) -> Tensor:
         """See `InputEstimator.forward`."""
         if not self.started:
+            if not x.any():
+                return x  # as the first state of an LSTM: it says nothing, and is on every grid
             self._start(x)
+        if self.training:
+            self.step.data.clamp_(min=_LEAST)
         scheme, zero = self._grid()
         features = x[0].numel() if x.dim() == 4 else x.shape[-1]
         factor = 1 / math.sqrt(features * largest_code(scheme))

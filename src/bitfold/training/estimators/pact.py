@@ -37,6 +37,8 @@ class PactInput(InputEstimator):
     def forward(self, x: Tensor) -> Tensor:
         """See `InputEstimator.forward`."""
         if not self.started:
+            if not x.any():
+                return x  # as the first state of an LSTM: it says nothing, and is on every grid
             self._start(x)
         scheme, scale, zero = self._grid()
         clip = self.clip.clamp(min=_LEAST).to(x.dtype)
