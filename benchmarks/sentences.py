@@ -10,6 +10,7 @@ it was stopped.
 import argparse
 import copy
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -43,7 +44,7 @@ class Way:
     recipe: str
     scheme: str | None
     options: Mapping[str, Any] = field(default_factory=dict)
-    epochs: int = 1
+    epochs: float = 1
     rate: float = 1e-4
 
 
@@ -53,11 +54,15 @@ WAYS = [
     Way("int8 static", "static", "w8a8", {"range": "percentile"}, epochs=0),
     Way("PTQ int4 weights, int8 inputs", "static", "w4a8", MSE, epochs=0),
     Way("PTQ int4", "static", "w4a4", MSE, epochs=0),
-    Way("QAT int4, min-max", "qat", "w4a4"),
-    *(Way(f"LSQ, {n} bits", "lsq", f"w{n}a{n}") for n in (4, 3, 2)),
-    Way("PACT, 4 bits", "pact", "w4a4"),
+    Way("QAT int4 weights, int8 inputs", "qat", "w4a8", epochs=0.5),
+    Way("LSQ, 4 bits", "lsq", "w4a8", epochs=0.5),
+    Way("LSQ, 3 bits", "lsq", "w3a8", epochs=0.5),
+    Way("LSQ, 2 bits", "lsq", "w2a8"),
+    Way("PACT, 4 bits, inputs too", "pact", "w4a4", epochs=0.5),
     Way("ternary, learned threshold", "ternary", None),
     Way("binary weights with XNOR-Net's scales", "binary", None),
+    Way("LSQ, 4 bits, inputs too", "lsq", "w4a4"),
+    Way("LSQ, 2 bits, inputs too", "lsq", "w2a2"),
 ]
 
 
@@ -167,7 +172,7 @@ class Study:
     def _train(
         self,
         model: Any,
-        epochs: int,
+        epochs: float,
         rate: float,
         teacher: "tuple[Tensor, Tensor] | None" = None,
     ) -> None:
@@ -191,14 +196,16 @@ class Study:
             {"params": [p for p in trained if id(p) in head], "lr": 20 * rate},
         ]
         optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
-        steps = epochs * len(batches(texts, BATCH))
+        steps = round(epochs * len(batches(texts, BATCH)))
         warm = max(1, steps // 20)
         shape = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, [rate, 20 * rate], total_steps=steps + 1, pct_start=warm / steps,
             cycle_momentum=False,
         )  # fmt: skip
-        for epoch in range(epochs):
-            for batch in batches(texts, BATCH, seed=self._seed * 100 + epoch):
+        left = steps
+        for epoch in range(math.ceil(epochs)):
+            for batch in batches(texts, BATCH, seed=self._seed * 100 + epoch)[:left]:
+                left -= 1
                 pooled = model.pooled(*padded([texts[i] for i in batch]))
                 logits = model.head(pooled)
                 if teacher is None:
@@ -341,9 +348,11 @@ def page(rows: list[Row], command: str) -> str:
         "MiniLM (all-MiniLM-L6-v2: 6 layers of BERT, hidden 384; 10.6M weights in linear layers, 11.9M in embeddings, "
         "which stay), fine-tuned for two epochs on 8,529 sentences and judged on 1,067 others, where one sentence is "
         f"0.09 points. Mean of {seeds} seeds of the head and of all drawing; ±: the standard deviation over them; to "
-        "fp32: of the same seed. PTQ is calibrated on 256 training sentences; all that is trained goes one epoch on "
-        "from the fine-tuned network, whose logits and pooled vectors it imitates. `4 bits` are those of weights, a "
-        "scale for each channel, and of inputs, one scale; ternary and binary weights have inputs in fp32. ms: CPU "
+        "fp32: of the same seed. PTQ is calibrated on 256 training sentences; all that is trained goes an epoch on "
+        "(half of one at 3 and 4 bits, but where LSQ rounds inputs to 4) from the fine-tuned network, whose "
+        "logits and pooled vectors it imitates. `4 bits` are those of weights, a scale for each channel; inputs have 8 "
+        "with one scale, as in Q-BERT (arXiv 1909.05840) and TernaryBERT (arXiv 2009.12812), where nothing else is "
+        "said; ternary and binary weights have inputs in fp32. ms: CPU "
         "time of a sentence of 32 tokens on one thread, in brackets where layers run as simulated: unpacked each "
         "time, then multiplied in fp32. CPU s: of training or calibrating.",
         "",
