@@ -135,10 +135,13 @@ class Study:
 
     def _trained(self, network: "nn.Sequential", way: Way) -> "nn.Module":
         import bitfold
+        from bitfold import training
 
         model = copy.deepcopy(network)
         bitfold.prepare(model, way.recipe, scheme=way.scheme, options=way.options)
         self._train(model, way.rate)
+        if way.options.get("stochastic"):
+            training.estimate_batch_norms(model, self._data()[0].split(CALIBRATION))
         return bitfold.convert(model)
 
     def _calibrated(self, network: "nn.Sequential", way: Way) -> "nn.Module":
@@ -260,7 +263,8 @@ def page(rows: list[Row], command: str) -> str:
         "inputs made of the batch norms' statistics); all else trains the fp32 network on for 20 epochs. `2 bits` are "
         "those of weights and inputs, with 8 in the first and the last layer; ternary and binary weights are those of "
         "all layers, with inputs in fp32; XNOR-Net and BNN have signs for inputs too, full first and last layers, and "
-        "Hardtanh for ReLU (to fp32: of that network). CPU s: of training or calibrating.",
+        "Hardtanh for ReLU (to fp32: of that network). Weights that were drawn in training are used without drawing, "
+        "with statistics of batch norms that were taken anew. CPU s: of training or calibrating.",
         "",
         *markdown_table(*table(rows)),
     ]

@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitfold.errors import FamilyError, RecipeError
+from bitfold.errors import DataError, FamilyError, RecipeError
 from bitfold.training import (
     bits_within,
     convert,
     distilled_inputs,
     equalize,
+    estimate_batch_norms,
     fold_batch_norms,
     prepare,
     sensitivities,
@@ -86,6 +87,23 @@ def test_batch_norms_fold_behind_training(method: str) -> None:
     for name, value in coded.state_dict().items():
         if name.endswith((".words", ".weight_shape")) or value.dtype == torch.int32:
             assert torch.equal(model.state_dict()[name], value)
+
+
+def test_batch_norms_are_estimated_anew() -> None:
+    """The mean over batches of each batch's statistics, and nothing else changes."""
+    model = _network()
+    before = {k: v.clone() for k, v in model.state_dict().items() if "running" not in k}
+    batches = [3 * _images(seed) - 2 for seed in (1, 2)]
+    estimate_batch_norms(model, batches)
+    first = [model[0](batch) for batch in batches]
+    mean = torch.stack([one.mean(dim=(0, 2, 3)) for one in first]).mean(dim=0)
+    assert torch.allclose(model[1].running_mean, mean)
+    assert not any(module.training for module in model.modules())
+    assert model[1].momentum == 0.1
+    for name, value in before.items():
+        assert torch.equal(model.state_dict()[name], value) or "num_batches" in name
+    with pytest.raises(DataError, match="no batches"):
+        estimate_batch_norms(model, [])
 
 
 def test_a_batch_norm_that_would_turn_signs_stays_behind_codes() -> None:

@@ -1,6 +1,6 @@
 """Training in low precision, and quantization of any PyTorch model: fake quantization in, codes out."""
 
-from bitfold.training.batch_norm import fold_batch_norms
+from bitfold.training.batch_norm import estimate_batch_norms, fold_batch_norms
 from bitfold.training.convert import convert, quantized_weights
 from bitfold.training.equalize import equalize
 from bitfold.training.preparation import METHODS, Preparation
@@ -16,6 +16,7 @@ __all__ = [
     "convert",
     "distilled_inputs",
     "equalize",
+    "estimate_batch_norms",
     "fold_batch_norms",
     "load_converted",
     "penalty",

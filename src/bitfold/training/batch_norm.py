@@ -1,19 +1,21 @@
-"""Batch norms folded into the layers before them: BN(W x + b) = (γ/σ) W x + (b − μ) γ/σ + β.
+"""Batch norms folded into the layers before them: BN(W x + b) = (γ/σ) W x + (b − μ) γ/σ + β; and estimated anew.
 
 Before `prepare` they go into the weights; behind `convert` into scales and biases, and no code changes.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
-from bitfold.errors import FamilyError
+from bitfold.errors import DataError, FamilyError
 from bitfold.runtime.quantized_conv2d import QuantizedConv2d
 from bitfold.runtime.quantized_linear import QuantizedLinear
 from bitfold.runtime.xnor_layers import XnorConv2d, XnorLinear
 from bitfold.training.graph import pairs
 from bitfold.training.layers import Prepared
 
-__all__ = ["fold_batch_norms"]
+__all__ = ["estimate_batch_norms", "fold_batch_norms"]
 
 _PLAIN = (nn.Conv2d, nn.Linear)
 _SIGNED = (XnorConv2d, XnorLinear)
@@ -43,6 +45,36 @@ def fold_batch_norms(model: nn.Module) -> list[str]:
             model.set_submodule(pair.second, nn.Identity())
             took.append(pair.first)
     return took
+
+
+@torch.no_grad()
+def estimate_batch_norms(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
+    """Take the running statistics of all batch norms anew, over batches that the rest of the model sees as in `eval`.
+
+    For weights that are another thing in use than in training: BinaryConnect's drawn ones (arXiv 1511.00363), for which
+    the statistics of training do not hold. Behind it the model is in `eval`.
+
+    Raises DataError without batches.
+    """
+    norms = [module for module in model.modules() if isinstance(module, _NORMS)]
+    momenta = [norm.momentum for norm in norms]
+    model.eval()
+    count = 0
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean over all batches
+            norm.train()
+        for batch in batches:
+            count += 1
+            model(batch)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+            norm.eval()
+    if not count:
+        raise DataError("There are no batches to take statistics of: give some.")
+    return model
 
 
 def _affine(name: str, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
