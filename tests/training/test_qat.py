@@ -129,8 +129,11 @@ def test_a_start_that_changes_more_than_it_rounds_is_refused(
     original: Path, text: Path, tmp_path: Path
 ) -> None:
     options = replace(OPTIONS, start="awq")
-    with pytest.raises(RecipeError, match="choose a method that only rounds"):
+    with pytest.raises(RecipeError, match="choose a --start that only rounds"):
         train_qat(original, text, tmp_path / "out", options=options)
+    with pytest.raises(RecipeError, match=r"_proj.weight shows: choose a --start"):
+        train_qat(original, text, tmp_path / "out", options=replace(OPTIONS, start="vq"))
+    assert not list(tmp_path.iterdir())
     with pytest.raises(RecipeError, match="gptk"):
         train_qat(original, text, tmp_path / "out", options=replace(OPTIONS, start="gptk"))
 
@@ -175,6 +178,8 @@ def test_what_cannot_be_is_one_sentence(
         train_qat(original, text, trained.artifact.out, options=OPTIONS)
     with pytest.raises(CheckpointError, match="quantized already"):
         train_qat(trained.artifact.out, text, tmp_path / "out", options=OPTIONS)
+    with pytest.raises(RecipeError, match="steps must be at least 1"):
+        QatOptions(steps=0)
     with pytest.raises(RecipeError, match="does not train language models"):
         QatOptions(method="bnn")
     with pytest.raises(RecipeError, match="leaves weights alone"):

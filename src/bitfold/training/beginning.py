@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,17 +30,16 @@ _SAMPLES = 128
 
 def rounded_before(
     model: str | Path,
-    place: Path,
+    out: Path,
     recipe: Recipe,
     rows: Tensor,
     device: torch.device,
     progress: Progress | None,
 ) -> Path:
-    """The model quantized by PTQ on the first rows [n, tokens] of the text, in a directory of the training's; one that
-    is there from a killed run is taken."""
-    out = place / "start"
+    """The model quantized by PTQ on the first rows [n, tokens] of the text, at `out`; what is there from a killed run is
+    taken."""
     if finished_request(out) is None:
-        tokens = place / "start.npy"
+        tokens = out.with_suffix(".npy")
         np.save(tokens, rows[:_SAMPLES].numpy())
         quantize(
             model, out, recipe=recipe, calibration=tokens, samples=min(_SAMPLES, len(rows)),
@@ -59,21 +57,25 @@ def begin_from(model: PreTrainedModel, artifact: Path) -> None:
     """
     stored, layers = read_model(artifact), prepared_layers(model)
     parameters = dict(model.named_parameters())
-    for name in stored.names:
-        start, layer = stored.read(name), layers.get(name.removesuffix(".weight"))
-        if layer is not None and isinstance(start, QuantizedTensor):
-            estimator = layer.weights
-            assert isinstance(estimator, LsqWeight)
-            begun = LsqWeight(
-                layer.weight, estimator.scheme, estimator.storage,
-                start=replace(start, scheme=estimator.scheme),
-            )  # fmt: skip
-            estimator.load_state_dict(begun.state_dict())
-            layer.weight.copy_(estimator.settled(layer.weight, start))
-        elif name in parameters and not _same(start, parameters[name]):
-            raise RecipeError(
-                f"What training begins with changed {name}, too: choose a method that only rounds, such as gptq."
-            )
+    weights = {f"{name}.weight": layer for name, layer in layers.items()}
+    for name in [name for name in stored.names if name in parameters and name not in weights]:
+        if not _same(stored.read(name), parameters[name]):
+            raise _not_rounded(name)
+    for name in [name for name in stored.names if name in weights]:
+        start, layer = stored.read(name), weights[name]
+        estimator = layer.weights
+        assert isinstance(estimator, LsqWeight)
+        if not isinstance(start, QuantizedTensor) or start.scheme != estimator.scheme:
+            raise _not_rounded(name)
+        begun = LsqWeight(layer.weight, estimator.scheme, estimator.storage, start=start)
+        estimator.load_state_dict(begun.state_dict())
+        layer.weight.copy_(estimator.settled(layer.weight, start))
+
+
+def _not_rounded(name: str) -> RecipeError:
+    return RecipeError(
+        f"What training begins with did more than round, as {name} shows: choose a --start that only rounds, gptq say."
+    )
 
 
 def _same(one: QuantizedTensor | Tensor, parameter: Tensor) -> bool:

@@ -90,6 +90,13 @@ class QatOptions:
             )
         if not 0 <= self.teacher_weight <= 1:
             raise RecipeError(f"teacher_weight is a share from 0 to 1, not {self.teacher_weight}.")
+        if self.written < 0:
+            raise RecipeError(
+                f"written is a number of windows, not {self.written}: give 0 for none."
+            )
+        self.loop(
+            _REFERENCE_WIDTH
+        )  # says what is wrong with steps, batch and rate before anything is read
 
     def loop(self, width: int) -> LoopOptions:
         """Of the shared training loop."""
@@ -178,7 +185,12 @@ def train_qat(
     place = _training_place(out, fresh=not resume)
     request = _request(base, Path(text), teacher, length, options)
     if start is not None:
-        begin_from(student, rounded_before(model, place, start, rows, where, progress))
+        begun = place / f"start-{request[:16]}"
+        try:
+            begin_from(student, rounded_before(model, begun, start, rows, where, progress))
+        except RecipeError:
+            shutil.rmtree(place, ignore_errors=True)
+            raise
     if guide is not None and options.written:
         rows = with_written(rows, guide, options.written, options.seed, progress)
     loop = _loop(student, guide, parameters, rows, check, options, where)
