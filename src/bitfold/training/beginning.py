@@ -36,8 +36,10 @@ def rounded_before(
     device: torch.device,
     progress: Progress | None,
 ) -> Path:
-    """The model quantized by PTQ on the first rows [n, tokens] of the text, at `out`; what is there from a killed run is
-    taken."""
+    """The model quantized by PTQ on the first rows [n, tokens] of the text, at `out`.
+
+    What is there from a killed run is taken.
+    """
     if finished_request(out) is None:
         tokens = out.with_suffix(".npy")
         np.save(tokens, rows[:_SAMPLES].numpy())
