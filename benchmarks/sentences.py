@@ -191,10 +191,13 @@ class Study:
                 module.p = 0.0
         model.encoder.embeddings.requires_grad_(False)
         trained = [p for p in model.parameters() if p.requires_grad]
-        head = {id(p) for p in model.head.parameters()} if teacher is None else set()
+        # A new head, and clips, which are of the size of inputs, go faster than weights.
+        quick = list(model.head.parameters()) if teacher is None else []
+        quick += [p for name, p in model.named_parameters() if name.endswith(".clip")]
+        quick_ids = {id(p) for p in quick}
         groups = [
-            {"params": [p for p in trained if id(p) not in head], "lr": rate},
-            {"params": [p for p in trained if id(p) in head], "lr": 20 * rate},
+            {"params": [p for p in trained if id(p) not in quick_ids], "lr": rate},
+            {"params": quick, "lr": 20 * rate},
         ]
         optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
         steps = round(epochs * len(batches(texts, BATCH)))
