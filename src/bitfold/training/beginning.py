@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,9 +70,16 @@ def begin_from(model: PreTrainedModel, artifact: Path) -> None:
         assert isinstance(estimator, LsqWeight)
         if not isinstance(start, QuantizedTensor) or start.scheme != estimator.scheme:
             raise _not_rounded(name)
+        start = _on(start, layer.weight.device)
         begun = LsqWeight(layer.weight, estimator.scheme, estimator.storage, start=start)
         estimator.load_state_dict(begun.state_dict())
         layer.weight.copy_(estimator.settled(layer.weight, start))
+
+
+def _on(tensor: QuantizedTensor, device: torch.device) -> QuantizedTensor:
+    """Of the grids that are trained: codes, scales and zero-points."""
+    zero = None if tensor.zero is None else tensor.zero.to(device)
+    return replace(tensor, codes=tensor.codes.to(device), scale=tensor.scale.to(device), zero=zero)
 
 
 def _not_rounded(name: str) -> RecipeError:
