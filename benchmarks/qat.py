@@ -145,7 +145,8 @@ def page(options: argparse.Namespace, rows: list[Row]) -> str:
         f"how often the likeliest token is the original's. PTQ is calibrated on {options.calibration.name}, training "
         f"sees {options.text.name}, text of one kind, and (but in one row) as many windows that the original wrote "
         "itself; it imitates the original. Steps and rates are the command's defaults. held back: KL on windows of the "
-        "training text that were kept out, before and after. CPU s: of the whole command.",
+        "training text that were kept out, before and after. CPU s: of the whole command. More rows of PTQ, on the "
+        "same windows: [weights.md](weights.md).",
         "",
         *markdown_table(*table(rows)),
     ]

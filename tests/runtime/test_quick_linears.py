@@ -223,7 +223,7 @@ def test_what_has_no_form() -> None:
 def test_unknown_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is not as it was measured is not used."""
     monkeypatch.setattr(quick_int4, "_block", lambda: None)
-    monkeypatch.setattr(quick_int8, "_is_exact", lambda: False)
+    monkeypatch.setattr(quick_int8, "no_products", lambda: "they are not exact here")
     assert "layout" in str(no_int4(FEW, (64, 64), torch.bfloat16))
     assert "not exact" in str(no_int8(BYTES))
 

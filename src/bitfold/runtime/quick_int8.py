@@ -1,7 +1,6 @@
-"""A linear layer with a scale for each channel, as products of bytes that are summed exactly.
+"""A linear layer with a scale for each channel, as products of bytes that are summed exactly (`int8_product.py`).
 
-oneDNN multiplies bytes 0 … 255 by codes −128 … 127 and sums in 32 bits (`torch.ops.onednn.qlinear_pointwise`), in half
-of bfloat16's time and, for single tokens, at the speed of the memory.
+With VNNI they take half of bfloat16's time and, for single tokens, run at the speed of the memory.
 
 * Quantized inputs are such bytes themselves: their codes, made by the simulation's arithmetic, plus 128.
 * Inputs that are not quantized are fixed-point numbers of 24 bits, multiples of about 2^−23 of the token's largest
@@ -13,20 +12,17 @@ The rest is in float32:  y = s_x s_w (Σ a c − z_x Σ c − z_w Σ (a − z_x)
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from bitfold.numerics import QuantizedTensor, Scheme, TensorScheme
 from bitfold.numerics.quantize import dynamic_scale_and_zero, quantize, to_groups
+from bitfold.runtime.int8_product import MIDDLE, BytesWeight, no_products
 
 __all__ = ["Int8Linear", "no_int8"]
 
 THREE_DIGITS_UP_TO = 8
 """Tokens: 24 rows take 2048 · 5632 weights 0.9 ms, 16 rows 0.7, and one 0.35."""
-_MIDDLE = 128
 
 
 def no_int8(scheme: Scheme) -> str | None:
@@ -38,9 +34,7 @@ def no_int8(scheme: Scheme) -> str | None:
         return "products of bytes have one scale for a channel, and these have one for a group"
     if activation is not None and not _sums_up(activation):
         return f"inputs in {activation.describe()} have no one scale and zero-point for a token"
-    if not _is_exact():
-        return "oneDNN's products of bytes are not there, or not exact, on this processor"
-    return None
+    return no_products()
 
 
 def _sums_up(scheme: TensorScheme) -> bool:
@@ -52,7 +46,7 @@ def _sums_up(scheme: TensorScheme) -> bool:
 class Int8Linear(nn.Module):
     """The product with a quantized weight [out, in] that `no_int8` has nothing against.
 
-    The weight is oneDNN's own, a byte for each, and travels with no state dict. scale: [out] float32; sums: [out]
+    The weight is the product's own, a byte for each, and travels with no state dict. scale: [out] float32; sums: [out]
     float32, Σ c; zero: [out] float32, or None.
     """
 
@@ -62,8 +56,6 @@ class Int8Linear(nn.Module):
     bias: Tensor | None
     input_scale: Tensor | None
     input_zero: Tensor | None
-    ones: Tensor
-    no_zeros: Tensor
 
     def __init__(
         self,
@@ -87,10 +79,7 @@ class Int8Linear(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach().float())
         self.register_buffer("input_scale", input_scale)
         self.register_buffer("input_zero", input_zero)
-        self.register_buffer("ones", torch.ones(self.out_features), persistent=False)
-        no_zeros = torch.zeros(self.out_features, dtype=torch.int64)
-        self.register_buffer("no_zeros", no_zeros, persistent=False)
-        self._weight: Any = torch.ops.onednn.qlinear_prepack(codes.contiguous(), None)
+        self._weight = BytesWeight(codes)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] → [..., out], in the dtype of x."""
@@ -110,7 +99,7 @@ class Int8Linear(nn.Module):
             scale = self.input_scale.to(rows.dtype)
             zero = None if self.input_zero is None else self.input_zero.to(rows.dtype)
         codes = quantize(rows, scale, zero, self.activation)
-        found = self._product(codes.view(torch.uint8) ^ _MIDDLE)
+        found = self._weight.product(codes.view(torch.uint8) ^ MIDDLE)
         if zero is not None:
             found -= zero.float() * self.sums
         if self.zero is not None:
@@ -125,24 +114,22 @@ class Int8Linear(nn.Module):
         digits = 3 if len(rows) <= THREE_DIGITS_UP_TO else 2
         integer = torch.int32 if digits == 3 else torch.int16
         # Digits −128 … 127 are bytes less 128: with 128 added to every digit they are the bytes of one integer.
-        middle = sum(_MIDDLE << (8 * place) for place in range(digits))
+        middle = sum(MIDDLE << (8 * place) for place in range(digits))
         # Float32 may round a quotient up by one.
         step = rows.abs().amax(dim=1, keepdim=True) / (256**digits - 8 - middle)
         step = step.clamp_(min=torch.finfo(torch.float32).tiny)
         fixed = (rows / step).round_()
         whole = (fixed.to(torch.int32) + middle).to(integer)
         places = whole.view(torch.uint8).unflatten(1, (self.in_features, -1))[..., :digits]
-        found = self._product(places.permute(2, 0, 1).flatten(0, 1)).unflatten(0, (digits, -1))
+        found = self._weight.product(places.permute(2, 0, 1).flatten(0, 1)).unflatten(
+            0, (digits, -1)
+        )
         total = found[0]
         for place in range(1, digits):
             total = total.add_(found[place], alpha=2 ** (8 * place))
         if self.zero is not None:
             total -= fixed.sum(dim=1, keepdim=True) * self.zero
         return total.mul_(step).mul_(self.scale)
-
-    def _product(self, given: Tensor) -> Tensor:
-        """Rows of bytes [rows, in], less 128, times the codes: [rows, out] float32."""
-        return _product(given.contiguous(), self._weight, self.ones, self.no_zeros)
 
     def extra_repr(self) -> str:
         parts = [f"in_features={self.in_features}", f"out_features={self.out_features}"]
@@ -153,28 +140,3 @@ class Int8Linear(nn.Module):
 def _rows(per_row: Tensor, rows: int) -> Tensor:
     """[out, 1], or [1, 1] of a tensor, as [out] float32."""
     return per_row.float().flatten().expand(rows).contiguous()
-
-
-def _product(given: Tensor, weight: Any, ones: Tensor, no_zeros: Tensor) -> Tensor:
-    found: Tensor = torch.ops.onednn.qlinear_pointwise(
-        *(given, 1.0, _MIDDLE, weight, ones, no_zeros, None),
-        *(1.0, 0, torch.float32, "none", [], ""),
-    )
-    return found
-
-
-@cache
-def _is_exact() -> bool:
-    """Whether the sums are those of integers; processors without VNNI add pairs of products in 16 bits."""
-    generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(-128, 128, (32, 256), generator=generator, dtype=torch.int8)
-    codes[0], codes[1] = 127, -128
-    given = torch.randint(0, 256, (3, 256), generator=generator, dtype=torch.uint8)
-    given[0], given[1] = 255, 0
-    wanted = (given.int() - _MIDDLE) @ codes.int().T
-    try:
-        weight = torch.ops.onednn.qlinear_prepack(codes, None)
-        found = _product(given, weight, torch.ones(32), torch.zeros(32, dtype=torch.int64))
-    except (AttributeError, RuntimeError):  # built without oneDNN
-        return False
-    return torch.equal(found, wanted.float())

@@ -57,7 +57,7 @@ _FORMS = {
         "int4",
         "codes of 4 bits by PyTorch's 4-bit product; for many tokens as bfloat16",
     ),
-    Int8Linear: ("int8", "codes of 8 bits by oneDNN's products of bytes"),
+    Int8Linear: ("int8", "codes of 8 bits by products of bytes"),
     HalfLinear: ("half", "16 bits by FBGEMM's product of float32 and float16"),
 }
 
@@ -108,8 +108,10 @@ def quicken_head(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> list[
         # A weight that is quantized was told of among the others.
         said = schemes[name].weight is not None
         return [] if said else [QuickLayer(name, None, "its input alone is quantized")]
-    # compressed-tensors, and others, give a layer a forward of its own.
-    reason = _ATTENDED if _attended(head) or "forward" in vars(head) else no_half(head.weight)
+    # compressed-tensors, and others, give a layer a forward of its own, or its class's once more.
+    own = vars(head).get("forward")
+    replaced = own is not None and getattr(own, "__func__", None) is not nn.Linear.forward
+    reason = _ATTENDED if _attended(head) or replaced else no_half(head.weight)
     if reason is None:
         half = HalfLinear(head.weight, head.bias)
         model.set_submodule(name, half)
