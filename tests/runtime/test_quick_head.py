@@ -75,7 +75,9 @@ def test_a_head_whose_input_alone_is_quantized_is_left_alone(tmp_path, tied, sta
     assert head.why == (
         "its input alone is quantized" if static else "something runs before or behind it"
     )
-    plain = load(out, device="cpu", dtype="float32")
-    del plain.lm_head.forward  # what the head would give without the rounding of its input
-    found = logits(quick)
-    assert (found - wanted).norm() < 0.3 * (logits(plain) - wanted).norm()
+    # What the head would give without the rounding of its input, from layers that are quick or not: as much further.
+    plain, bare = load(out, device="cpu", dtype="float32"), load_quick(out, device="cpu")[0]
+    for model in (plain, bare):
+        del model.lm_head.forward
+    rounding = (logits(plain) - wanted).norm()
+    assert 0.7 < (logits(bare) - logits(quick)).norm() / rounding < 1.4

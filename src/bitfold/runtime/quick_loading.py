@@ -77,8 +77,12 @@ def _read(directory: Path) -> StoredModel | None:
 
 def _goes_straight(stored: StoredModel) -> bool:
     """Whether all that is quantized are weights, and inputs, that have quick forms."""
-    method = stored.config["quantization_config"].get("quant_method")
+    settings = stored.config["quantization_config"]
+    method = settings.get("quant_method")
     if method != compressed_tensors.NAME or stored.quantizes_heads or stored.runs:
+        return False
+    # Inputs alone, of layers with nothing of it in the files: only a loader finds them.
+    if any(group.get("weights") is None for group in settings["config_groups"].values()):
         return False
     known = stored.checkpoint.tensors
     for name, scheme in stored.schemes.items():

@@ -108,9 +108,12 @@ def quicken_head(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> list[
         # A weight that is quantized was told of among the others.
         said = schemes[name].weight is not None
         return [] if said else [QuickLayer(name, None, "its input alone is quantized")]
-    # compressed-tensors, and others, give a layer a forward of its own, or its class's once more.
+    # compressed-tensors, and others, give a layer a forward of its own, or its class's once more to no end.
     own = vars(head).get("forward")
-    replaced = own is not None and getattr(own, "__func__", None) is not nn.Linear.forward
+    replaced = own is not None and (
+        getattr(own, "__func__", None) is not nn.Linear.forward
+        or getattr(head, "quantization_scheme", None) is not None
+    )
     reason = _ATTENDED if _attended(head) or replaced else no_half(head.weight)
     if reason is None:
         half = HalfLinear(head.weight, head.bias)
