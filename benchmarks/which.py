@@ -120,7 +120,7 @@ def of_training() -> tuple[list[str], list[list[str]]]:
     lines = []
     for row in rows_of("qat"):
         grid = "−1, 0, 1" if row["ternary"] else "4 levels"
-        cells = [row["way"], grid, f"{row['bits']:.2f}", f"{row['kl_mean']:.3f}"]
+        cells = [row["way"], grid, f"{row['bits']:.2f}", f"{row['kl']:.3f}"]
         lines.append([*cells, f"{row['cpu_seconds']:.0f}"])
     return ["method", "grid", "bits", "KL", "CPU s"], lines
 
